@@ -1,0 +1,133 @@
+"""How close the passes come to what this machine can do, as a Markdown table.
+
+Every figure is a ratio of medians measured alternately in this one process, since absolute times
+on a shared machine say little. NumPy arrays, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+
+import mfac_core as mfac
+from mfac_core.testing import StaticRecursion
+
+Act = Callable[[], object]
+
+
+def medians(*acts: Act, repeats: int) -> list[float]:
+    """Return the median seconds of each act, all of them taken in turn."""
+    times: list[list[float]] = [[] for _ in acts]
+    for act in acts:
+        act()
+    for _ in range(repeats):
+        for act, seconds in zip(acts, times, strict=True):
+            start = time.perf_counter()
+            act()
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def unit_rows(rng: np.random.Generator, m: int, d: int) -> np.ndarray:
+    """Return m random rows of norm about 1."""
+    rows = rng.standard_normal((m, d), dtype=np.float32)
+    rows /= np.float32(np.sqrt(d))
+    return rows
+
+
+def two_passes(g: np.ndarray, rng: np.random.Generator) -> Act:
+    """Return the least any product with F⁻¹ must do: G x, then Gᵀ c."""
+    x = rng.standard_normal(g.shape[1], dtype=np.float32)
+    c = rng.standard_normal(g.shape[0], dtype=np.float32)
+    return lambda: (g @ x, g.T @ c)
+
+
+def static_setup(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[list[str]]:
+    """Time the static inverse's set-up and one product, and its memory."""
+    g = unit_rows(rng, m, d)
+    x = rng.standard_normal(d, dtype=np.float32)
+    square = rng.standard_normal((2000, 2000), dtype=np.float32)
+
+    def ours() -> object:
+        return mfac.InverseFisher(g, damping=1e-4) @ x
+
+    def recursion() -> object:
+        return StaticRecursion(g, damping=1e-4, dtype=np.float32).matvec(x)
+
+    ours_s, gemm_s = medians(ours, lambda: square @ square, repeats=repeats)
+    recursion_s, again_s = medians(recursion, ours, repeats=3)
+    gemm_rate = 2 * 2000**3 / gemm_s
+    tracemalloc.start()
+    ours()
+    extra = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    what = f"set-up and a product, m {m}, d {d:,}"
+    return [
+        [what, "the paper's recursion in NumPy", f"{recursion_s / again_s:.1f} × as fast"],
+        [what, "sgemm rate, for d·m² operations", f"{d * m * m / ours_s / gemm_rate:.0%}"],
+        [what, "memory of the gradients", f"{1 + extra / g.nbytes:.2f} × (with them)"],
+    ]
+
+
+def product(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[list[str]]:
+    """Time F⁻¹x."""
+    g = unit_rows(rng, m, d)
+    x = rng.standard_normal(d, dtype=np.float32)
+    inverse = mfac.InverseFisher(g, damping=1e-4)
+    ours, floor = medians(lambda: inverse @ x, two_passes(g, rng), repeats=repeats)
+    return [[f"F⁻¹x, m {m}, d {d:,}", "two bare gemv passes", f"{ours / floor:.2f} × the time"]]
+
+
+def window_step(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[list[str]]:
+    """Time a step of a full sliding window."""
+    g = unit_rows(rng, m, d)
+    window = mfac.SlidingInverseFisher(d, m, damping=1e-4)
+    for row in g:
+        window.append(row)
+    fresh = iter(unit_rows(rng, repeats + 3, d))
+    window.append_matvec(next(fresh))
+    dual = np.eye(m) + g[:, :1000].astype(np.float64) @ g[:, :1000].T
+    ours, floor, cholesky = medians(
+        lambda: window.append_matvec(next(fresh)),
+        two_passes(g, rng),
+        lambda: np.linalg.cholesky(dual),
+        repeats=repeats,
+    )
+    what = f"append_matvec, m {m}, d {d:,}"
+    return [
+        [what, "two bare gemv passes", f"{ours / floor:.2f} × the time"],
+        [
+            f"{what}, less those passes",
+            "one float64 Cholesky of size m",
+            f"{(ours - floor) / cholesky:.2f} × the time",
+        ],
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    rng = np.random.default_rng(options.seed)
+    scale, repeats = (50, 3) if options.quick else (1, 15)
+
+    rows = [
+        *static_setup(rng, 512 // scale, 40_000 // scale, repeats),
+        *product(rng, 256 // scale, 400_000 // scale, repeats),
+        *window_step(rng, 1024 // scale, 150_000 // scale, repeats),
+        *window_step(rng, 1024 // scale, 20_000 // scale, repeats),
+    ]
+    print("| what | against | measured |\n| --- | --- | --- |")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What differs between array libraries: detection, devices, and moving small arrays to float64.
+
+The m-sized half of every algorithm runs in float64 in a *home*: in NumPy for libraries whose
+arrays live in host memory (and for JAX, which lacks float64 by default), on the gradients' own
+device otherwise. Nothing here imports an array library other than NumPy.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_array_api_obj,
+    is_cupy_array,
+    is_jax_array,
+    is_numpy_array,
+    is_torch_array,
+)
+
+Array: TypeAlias = Any
+"""An array of any library that follows the Python array API standard."""
+
+__all__ = [
+    "Array",
+    "Home",
+    "array_namespace",
+    "device",
+    "has_float64",
+    "home_of",
+    "is_array_api_obj",
+    "is_cupy_array",
+    "is_floating",
+    "is_jax_array",
+    "is_numpy_array",
+    "is_torch_array",
+    "is_traced",
+    "itemsize",
+    "promote",
+    "send",
+    "to_numpy",
+    "widen",
+]
+
+
+def is_traced(*arrays: Array) -> bool:
+    """Whether any array is a JAX tracer, that is, a value inside ``jit``, ``vmap`` or ``grad``."""
+    jax = sys.modules.get("jax")
+    return jax is not None and any(isinstance(a, jax.core.Tracer) for a in arrays)
+
+
+def is_floating(x: Array) -> bool:
+    """Whether the dtype is real floating, the 16-bit extensions of a library included."""
+    xp = array_namespace(x)
+    if is_jax_array(x):  # isdtype knows bfloat16 only through JAX's own lattice
+        return bool(xp.issubdtype(x.dtype, xp.floating))
+    if is_numpy_array(x):  # the standard leaves float16 out, longdouble too
+        return x.dtype in (np.float16, np.float32, np.float64)
+    return bool(xp.isdtype(x.dtype, "real floating"))
+
+
+def itemsize(dtype: Any) -> int:
+    """Bytes of one element of a floating dtype."""
+    size = getattr(dtype, "itemsize", None)
+    if size is None:  # array-api-strict wraps NumPy's dtype
+        size = np.dtype(str(dtype).rsplit(".", 1)[-1]).itemsize
+    return int(size)
+
+
+def has_float64(x: Array) -> bool:
+    """Whether float64 arrays can live beside ``x``."""
+    if is_jax_array(x):
+        return bool(sys.modules["jax"].config.jax_enable_x64)
+    if is_torch_array(x):
+        return bool(x.device.type != "mps")
+    return True
+
+
+def widen(x: Array) -> Array:
+    """Return ``x`` as float64, in NumPy where its library has none."""
+    if not has_float64(x):
+        return to_numpy(x).astype(np.float64)
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float64, copy=False)
+
+
+def promote(x: Array, dtype: Any) -> Any:
+    """Return the dtype of results that mix ``x`` with arrays of ``dtype``."""
+    if x.dtype == dtype:
+        return dtype
+    xp = array_namespace(x)
+    if is_torch_array(x):
+        return sys.modules["torch"].promote_types(x.dtype, dtype)
+    return xp.result_type(x.dtype, dtype)
+
+
+def to_numpy(x: Array) -> np.ndarray[Any, Any]:
+    """View (or, off the host, copy) an array as NumPy, widening dtypes NumPy does not have."""
+    if is_torch_array(x):
+        x = x.detach()
+        if x.dtype == sys.modules["torch"].bfloat16:
+            x = x.float()
+        return x.cpu().numpy()  # type: ignore[no-any-return]
+    if is_cupy_array(x):
+        return x.get()  # type: ignore[no-any-return]
+    if is_numpy_array(x) or is_jax_array(x):
+        return np.asarray(x)
+    return np.from_dlpack(x, device="cpu")
+
+
+@dataclass(frozen=True)
+class Home:
+    """The namespace and device that hold the m-sized float64 arrays."""
+
+    xp: Any
+    device: Any
+
+    @property
+    def is_numpy(self) -> bool:
+        """Whether the m-sized arrays are NumPy's."""
+        return self.xp is np
+
+    def receive(self, x: Array) -> Array:
+        """Bring an array here as float64; it may share memory with ``x``."""
+        if self.is_numpy:
+            return np.asarray(to_numpy(x), dtype=np.float64)
+        if is_numpy_array(x):
+            return self.xp.asarray(x, dtype=self.xp.float64, device=self.device)
+        return self.xp.astype(x, self.xp.float64, copy=False)
+
+    def zeros(self, shape: int | tuple[int, ...]) -> Array:
+        """Return float64 zeros."""
+        return self.xp.zeros(shape, dtype=self.xp.float64, device=self.device)
+
+    def eye(self, n: int) -> Array:
+        """Return the float64 identity of size n."""
+        return self.xp.eye(n, dtype=self.xp.float64, device=self.device)
+
+
+def home_of(x: Array) -> Home:
+    """Choose the home for gradients like ``x``."""
+    on_host = (
+        is_numpy_array(x)
+        or is_jax_array(x)
+        or (is_torch_array(x) and x.device.type in ("cpu", "mps"))
+    )
+    if on_host:
+        return Home(np, "cpu")
+    return Home(array_namespace(x), device(x))
+
+
+def send(c: Array, like: Array, dtype: Any) -> Array:
+    """Bring a home array beside ``like``, in its library, on its device, as ``dtype``."""
+    xp = array_namespace(like)
+    if is_numpy_array(like):
+        return np.asarray(c, dtype=dtype)
+    if is_torch_array(like):
+        torch = sys.modules["torch"]
+        return torch.as_tensor(c).to(device=like.device, dtype=dtype)
+    if is_numpy_array(c):
+        if is_jax_array(like):  # narrow on the host: JAX would warn about float64
+            return xp.asarray(c.astype(dtype), device=device(like))
+        return xp.asarray(c, dtype=dtype, device=device(like))
+    return xp.astype(c, dtype, copy=False)

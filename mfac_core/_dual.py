@@ -1,0 +1,251 @@
+"""The m-sized half: A = shift·I + GGᵀ in float64, and its inverse.
+
+It knows nothing of d, of devices or of where the gradients are. While the matrix stands still it
+is factored by Cholesky. When rows are replaced one at a time it keeps K = A⁻¹ instead and updates
+it in O(m²); errors of K that build up are taken out of every solution by refinement against the
+exactly kept A, and K is computed afresh when refinement has too much to do, and at least every m
+replacements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import array_api_extra as xpx
+import numpy as np
+
+from mfac_core._arrays import Array, Home, to_numpy
+from mfac_core._ops import dense
+
+LARGEST_CORRECTION = 1e-4
+"""Relative size of a solution's first correction above which K is given up."""
+
+SMALL_CORRECTION = 1e-7
+"""Relative size below which a second correction would change nothing: it is the square."""
+
+POWER_STEPS = 4
+"""Steps of the power iteration that estimates ‖A⁻¹‖."""
+
+LARGEST_LIFTS = 8
+"""Attempts to factor a matrix that rounding has made indefinite, each lifted eight times more."""
+
+
+class Dual:
+    """A = shift·I + gram, symmetric positive definite, (m, m).
+
+    Parameters
+    ----------
+    gram : array
+        G Gᵀ, float64 in ``home``; the dual takes it over.
+    shift : float
+        Divisor times damping.
+    home : Home
+        Where the matrices live.
+    """
+
+    def __init__(self, gram: Array, shift: float, home: Home) -> None:
+        self.home = home
+        self.gram = gram
+        self.shift = shift
+        self._factor: Array | None = None
+        self._inverse: Array | None = None
+        self._replaced = 0  # rows replaced since K was computed
+        self._probe: Array | None = None  # last vector of the power iteration
+
+    def __len__(self) -> int:
+        return int(self.gram.shape[0])
+
+    # -- changes ---------------------------------------------------------------------------
+
+    def set_shift(self, shift: float) -> None:
+        """Change the shift: every eigenvalue moves, so that the next solution factors anew."""
+        if shift != self.shift:
+            self.shift = shift
+            self.forget()
+
+    def set_gram(self, gram: Array) -> None:
+        """Exchange the Gram, for one computed more accurately or of other gradients."""
+        self.gram = gram
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was derived from the matrix."""
+        self._factor = self._inverse = self._probe = None
+        self._replaced = 0
+
+    def grow(self) -> None:
+        """Append a zero row and column to the Gram."""
+        self.gram = self._bordered(self.gram, 0.0)
+        if self._factor is not None:
+            self._factor = self._bordered(self._factor, self.shift**0.5)
+        if self._inverse is not None:
+            self._inverse = self._bordered(self._inverse, 1.0 / self.shift)
+
+    def replace(self, i: int, row: Array) -> None:
+        """Exchange row and column i of the Gram; O(m²) where an inverse is known."""
+        if self._inverse is None and self._factor is not None:
+            self._inverse = dense.inverse(self.home, self._matrix(self.shift))
+            self._replaced = 0
+        self._factor = None
+        if self._inverse is not None:
+            self._inverse = self._replaced_inverse(self._inverse, i, row)
+            self._replaced += 1
+        self.gram[i, :] = row
+        self.gram[:, i] = row
+
+    def _replaced_inverse(self, inverse: Array, i: int, row: Array) -> Array | None:
+        """K of the changed matrix: delete index i, insert it again by its Schur complement.
+
+        With k = K eᵢ the deletion is K − k kᵀ/kᵢᵢ. With b the new row without its diagonal entry,
+        u = K_deleted b and s = Aᵢᵢ − bᵀu the insertion adds v vᵀ/s, v = u − eᵢ.
+        """
+        if self._replaced >= max(len(self), 16):
+            return None
+        k = self.home.xp.asarray(inverse[:, i], copy=True)
+        b = self.home.xp.asarray(row, copy=True)
+        b[i] = 0.0
+        pivot = float(k[i])
+        if not pivot > 0.0:
+            return None
+        v = inverse @ b - k * (float(k @ b) / pivot)
+        schur = self.shift + float(row[i]) - float(b @ v)
+        if not schur > 0.5 * self.shift:  # at least the shift, had there been no rounding
+            return None
+        v[i] = -1.0
+        pair = self.home.xp.stack([k / pivot**0.5, v / schur**0.5], axis=1)
+        return dense.add_rank_two(self.home, inverse, pair, (-1.0, 1.0))
+
+    def _bordered(self, a: Array, corner: float) -> Array:
+        larger = xpx.pad(a, (0, 1), xp=self.home.xp)
+        larger[-1, -1] = corner
+        return larger
+
+    # -- queries ---------------------------------------------------------------------------
+
+    def solve(self, b: Array) -> Array:
+        """A⁻¹b for b of shape (m,) or (m, k)."""
+        if self._inverse is not None:
+            y = self._refined(b, self._inverse @ b)
+            if y is not None:
+                return y
+            self._inverse = None
+        return dense.cholesky_solve(self.home, self.factor(), b)
+
+    def column(self, i: int) -> Array:
+        """A⁻¹eᵢ, shape (m,)."""
+        e = self.home.zeros(len(self))
+        e[i] = 1.0
+        if self._inverse is not None:
+            y = self._refined(e, self._inverse[:, i])
+            if y is not None:
+                return y
+            self._inverse = None
+        return dense.cholesky_solve(self.home, self.factor(), e)
+
+    def factor(self) -> Array:
+        """Return the lower triangular Cholesky factor of A."""
+        if self._is_definite():
+            return self._factor
+        # A shift below the rounding of the Gram may leave A indefinite: raise it to there.
+        lift = len(self) * 2.0**-52 * self.largest_square_norm()
+        for _ in range(LARGEST_LIFTS):
+            self._factor = dense.cholesky(self.home, self._matrix(self.shift + lift))
+            if self._factor is not None:
+                return self._factor
+            lift *= 8.0
+        msg = "the Gram of the gradients is not positive semidefinite, or not finite"
+        raise np.linalg.LinAlgError(msg)
+
+    def _is_definite(self) -> bool:
+        """Whether A has a Cholesky factor, which is then known."""
+        if self._factor is None:
+            self._factor = dense.cholesky(self.home, self._matrix(self.shift))
+        return self._factor is not None
+
+    def whiten(self, b: Array) -> Array:
+        """L⁻¹b with A = L Lᵀ."""
+        return dense.solve_lower(self.home, self.factor(), b)
+
+    def inverse_norm(self) -> float:
+        """Estimate ‖A⁻¹‖₂ by power iteration, from below; infinite where A is indefinite.
+
+        O(m²) where the inverse or the factor is known.
+        """
+        if self._inverse is None and not self._is_definite():
+            return math.inf
+        n = len(self)
+        if self._probe is None or self._probe.shape[0] != n:
+            self._probe = self.home.receive(np.cos(np.arange(n) * 2.399963))
+            steps = POWER_STEPS
+        else:  # it goes on from where the matrix was a row ago
+            steps = 1
+        norm = 0.0
+        for _ in range(steps):
+            y = self._probe / math.sqrt(float(self._probe @ self._probe))
+            if self._inverse is not None:
+                self._probe = self._inverse @ y
+            else:
+                self._probe = dense.cholesky_solve(self.home, self._factor, y)
+            norm = math.sqrt(float(self._probe @ self._probe))
+        if not math.isfinite(norm):
+            self._probe = None
+        return norm
+
+    def largest_square_norm(self) -> float:
+        """Return max ‖gᵢ‖²."""
+        return float(self.home.xp.max(self._diagonal()))
+
+    def cancellation(self, c: Array) -> float:
+        """Return √(Σ cᵢ²‖gᵢ‖²) / ‖Gᵀc‖: how much larger the terms of Gᵀc are than their sum."""
+        terms = float(self.home.xp.sum(c * c * self._diagonal()))
+        total = float(c @ (self.gram @ c))
+        return (terms / total) ** 0.5 if total > 0.0 else math.inf
+
+    def _matrix(self, shift: float) -> Array:
+        return self.gram + shift * self.home.eye(len(self))
+
+    def _diagonal(self) -> Array:
+        return self.home.xp.linalg.diagonal(self.gram)
+
+    def _refined(self, b: Array, y: Array) -> Array | None:
+        """Correct y ≈ A⁻¹b by K, or return None where K is too far from A⁻¹."""
+        correction = self._correction(b, y)
+        size = self.home.xp.sum(correction * correction, axis=0)
+        norm = self.home.xp.sum(y * y, axis=0)
+        if not bool(self.home.xp.all(size <= LARGEST_CORRECTION**2 * norm)):
+            return None
+        y = y + correction
+        if bool(self.home.xp.all(size <= SMALL_CORRECTION**2 * norm)):
+            return y
+        return y + self._correction(b, y)
+
+    def _correction(self, b: Array, y: Array) -> Array:
+        return self._inverse @ (b - self.gram @ y - self.shift * y)
+
+    # -- state -----------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return NumPy copies of all that later results depend on, bit for bit."""
+        inverse = self.home.zeros((0, 0)) if self._inverse is None else self._inverse
+        probe = self.home.zeros(0) if self._probe is None else self._probe
+        return {
+            "gram": np.array(to_numpy(self.gram)),
+            "inverse": np.array(to_numpy(inverse)),
+            "probe": np.array(to_numpy(probe)),
+            "replaced": self._replaced,
+            "factored": self._factor is not None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that :meth:`state` returned for a matrix with the same shift."""
+        copy = self.home.xp.asarray
+        self.set_gram(copy(self.home.receive(state["gram"]), copy=True))
+        if state["inverse"].shape[0]:
+            self._inverse = copy(self.home.receive(state["inverse"]), copy=True)
+        if state["probe"].shape[0]:
+            self._probe = copy(self.home.receive(state["probe"]), copy=True)
+        self._replaced = int(state["replaced"])
+        if state["factored"]:
+            self.factor()

@@ -1,0 +1,87 @@
+"""The passes over NumPy gradients: BLAS on views, conversions through one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
+
+NDArray = np.ndarray[Any, Any]
+
+PROJECT_ELEMENTS = 1 << 22
+"""Size of a float32 product Gx: large enough to be fast, and few enough columns to be accurate."""
+
+COMBINE_COLUMNS = 16384
+"""Columns of one product Gᵀc: the result's part stays in cache over all rows."""
+
+
+def _work(g: NDArray, exact: bool) -> Any:
+    return np.float64 if exact or g.dtype == np.float64 else np.float32
+
+
+def _blocks(g: NDArray, work: Any, width: int) -> Iterator[tuple[slice, NDArray]]:
+    """Yield blocks of columns as ``work``: views, or one buffer filled again and again."""
+    d = g.shape[1]
+    width = min(width, d)
+    buffer = None if g.dtype == work else np.empty((g.shape[0], width), work)
+    for columns in column_slices(d, width):
+        block = g[:, columns]
+        if buffer is not None:
+            wide = buffer[:, : block.shape[1]]
+            np.copyto(wide, block)
+            block = wide
+        yield columns, block
+
+
+def gram(g: NDArray, *, exact: bool, width: int) -> NDArray:
+    """See :func:`mfac_core._ops.rows.gram`."""
+    total = np.zeros((g.shape[0], g.shape[0]))
+    for _, block in _blocks(g, _work(g, exact), min(width, GRAM_COLUMNS)):
+        # NumPy recognises a product with its own transpose: half the work of a general one.
+        total += block @ block.T
+    return total
+
+
+def project(g: NDArray, x: NDArray, *, exact: bool, width: int) -> NDArray:
+    """See :func:`mfac_core._ops.rows.project`."""
+    work = _work(g, exact)
+    total = np.zeros((g.shape[0], *x.shape[1:]))
+    if g.dtype == work:
+        width = min(max(PROJECT_ELEMENTS // max(len(g), 1), 1024), 2 * GRAM_COLUMNS)
+    for columns, block in _blocks(g, work, width):
+        total += block @ x[columns].astype(work, copy=False)
+    return total
+
+
+def combine(
+    g: NDArray,
+    c: NDArray,
+    base: NDArray | None,
+    alpha: float,
+    *,
+    dtype: Any,
+    exact: bool,
+    width: int,
+) -> NDArray:
+    """See :func:`mfac_core._ops.rows.combine`."""
+    work = _work(g, exact)
+    c = c.astype(work, copy=False)
+    out = np.empty((g.shape[1], *c.shape[1:]), work if dtype is None else dtype)
+    for columns, block in _blocks(g, work, COMBINE_COLUMNS if g.dtype == work else width):
+        part = block.T @ c
+        if base is not None:
+            part += work(alpha) * base[columns].astype(work, copy=False)
+        out[columns] = part
+    return out
+
+
+def square_norm(g: NDArray, *, width: int) -> float:
+    """See :func:`mfac_core._ops.rows.square_norm`."""
+    total = 0.0
+    for part in column_slices(g.shape[0], width):
+        block = g[part].astype(np.float64, copy=False)
+        total += float(block @ block)
+    return total

@@ -1,0 +1,113 @@
+"""The passes over the gradients for any array-API library."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mfac_core._arrays import (
+    Array,
+    Home,
+    array_namespace,
+    is_jax_array,
+    is_numpy_array,
+    itemsize,
+    send,
+    to_numpy,
+    widen,
+)
+from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
+
+EVERYTHING = slice(None)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    if is_jax_array(a):  # the default on accelerators is a product of fewer bits
+        return array_namespace(a).matmul(a, b, precision="highest")
+    return a @ b
+
+
+def _like(x: Array, wide: Array) -> Array:
+    """Return ``x`` in the library and dtype of a widened block."""
+    if is_numpy_array(wide) and not is_numpy_array(x):
+        return to_numpy(x).astype(wide.dtype, copy=False)
+    return array_namespace(x).astype(x, wide.dtype, copy=False)
+
+
+def _wide(x: Array, exact: bool) -> Array:
+    """Return ``x`` in the working dtype: float64 when exact, in NumPy where need be."""
+    if exact or itemsize(x.dtype) == 8:
+        return widen(x)
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float32, copy=False)
+
+
+def _wide_blocks(g: Array, exact: bool, width: int) -> Iterator[tuple[slice, Array]]:
+    """Yield widened blocks of columns; G itself, whole and unsliced, when it is wide enough.
+
+    Slicing copies in libraries without views, so that a pass that needs no conversion avoids it.
+    """
+    if itemsize(g.dtype) == 8 or (itemsize(g.dtype) == 4 and not exact):
+        yield EVERYTHING, g
+        return
+    for columns in column_slices(g.shape[1], width):
+        yield columns, _wide(g[:, columns], exact)
+
+
+def gram(g: Array, *, exact: bool, width: int, home: Home) -> Array:
+    """See :func:`mfac_core._ops.rows.gram`."""
+    total = home.zeros((g.shape[0], g.shape[0]))
+    for columns in column_slices(g.shape[1], min(width, GRAM_COLUMNS)):
+        block = _wide(g[:, columns], exact)
+        total += home.receive(_matmul(block, block.T))
+    return total
+
+
+def project(g: Array, x: Array, *, exact: bool, width: int, home: Home) -> Array:
+    """See :func:`mfac_core._ops.rows.project`."""
+    total = home.zeros((g.shape[0], *x.shape[1:]))
+    for columns, block in _wide_blocks(g, exact, width):
+        total += home.receive(_matmul(block, _like(x[columns, ...], block)))
+    return total
+
+
+def combine(
+    g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any, exact: bool, width: int
+) -> Array:
+    """See :func:`mfac_core._ops.rows.combine`."""
+    parts = []
+    for columns, block in _wide_blocks(g, exact, width):
+        part = _matmul(block.T, send(c, block, block.dtype))
+        if base is not None:
+            part = part + alpha * _like(base[columns, ...], block)
+        parts.append(part if dtype is None else send(part, g, dtype))
+    return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=0)
+
+
+def square_norm(g: Array, *, width: int, home: Home) -> float:
+    """See :func:`mfac_core._ops.rows.square_norm`."""
+    total = 0.0
+    for part in column_slices(g.shape[0], width):
+        block = home.receive(g[part])
+        total += float(block @ block)
+    return total
+
+
+def write(g: Array, i: int, row: Array) -> Array:
+    """See :func:`mfac_core._ops.rows.write`."""
+    if is_jax_array(g):
+        return _donating_write()(g, row, i)
+    g[i, :] = row
+    return g
+
+
+@functools.cache
+def _donating_write() -> Callable[[Array, Array, int], Array]:
+    """Compile a row write that reuses JAX's buffer instead of copying it."""
+    jax = sys.modules["jax"]
+    return jax.jit(  # type: ignore[no-any-return]
+        lambda g, row, i: jax.lax.dynamic_update_index_in_dim(g, row, i, axis=0),
+        donate_argnums=0,
+    )

@@ -1,0 +1,66 @@
+"""Passes over the gradients G, shape (m, d): Gram, project, combine.
+
+Products of float32 and 16-bit rows run in float32, block of columns by block of columns, and are
+summed in float64; with ``exact=True`` they run in float64 as a whole. NumPy arrays take the BLAS
+path, which works through one buffer; other arrays take the array-API path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mfac_core._arrays import Array, Home, is_numpy_array
+from mfac_core._ops import _blas, _generic
+from mfac_core._ops._blocks import column_slices, wide_columns
+
+
+def gram(g: Array, *, exact: bool, home: Home) -> Array:
+    """G Gᵀ as float64 in ``home``, shape (m, m); d·m² multiplications."""
+    width = wide_columns(g.shape[0])
+    if is_numpy_array(g):
+        return _blas.gram(g, exact=exact, width=width)
+    return _generic.gram(g, exact=exact, width=width, home=home)
+
+
+def project(g: Array, x: Array, *, exact: bool, home: Home) -> Array:
+    """G x as float64 in ``home``, for x of shape (d,) or (d, k); one read of G."""
+    width = wide_columns(g.shape[0])
+    if is_numpy_array(g):
+        return _blas.project(g, x, exact=exact, width=width)
+    return _generic.project(g, x, exact=exact, width=width, home=home)
+
+
+def combine(
+    g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any, exact: bool
+) -> Array:
+    """Return alpha·base + Gᵀc, for c (m,) or (m, k) in the home; one read of G.
+
+    With a ``dtype``, an array of the gradients' library; with None, as computed.
+    """
+    width = wide_columns(g.shape[0])
+    if is_numpy_array(g):
+        return _blas.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
+    return _generic.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
+
+
+def wide_blocks(g: Array, home: Home) -> Iterator[tuple[slice, Array]]:
+    """Yield the columns of G block by block as float64 in ``home``."""
+    for columns in column_slices(g.shape[1], wide_columns(g.shape[0])):
+        yield columns, home.receive(g[:, columns])
+
+
+def square_norm(g: Array, home: Home) -> float:
+    """‖g‖² of one gradient (d,), summed in float64; not finite when the gradient is not."""
+    width = wide_columns(1)
+    if is_numpy_array(g):
+        return _blas.square_norm(g, width=width)
+    return _generic.square_norm(g, width=width, home=home)
+
+
+def write(g: Array, i: int, row: Array) -> Array:
+    """Set G[i] = row, in place where the library can, and return G."""
+    if is_numpy_array(g):
+        g[i] = row
+        return g
+    return _generic.write(g, i, row)

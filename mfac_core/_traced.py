@@ -1,0 +1,59 @@
+"""Products inside ``jax.jit`` and ``jax.vmap``.
+
+JAX has no float64 unless asked for, so the m-sized system is solved on the host, in a callback;
+the d-sized passes stay in the traced program.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy
+
+from mfac_core._arrays import Array
+from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
+
+
+def ihvp(gradients: Array, x: Array, damping: Any) -> Array:
+    """F⁻¹x for traced arguments; the Gram's products run in the dtype of the gradients."""
+    jnp = sys.modules["jax"].numpy
+    m, d = gradients.shape
+    work = jnp.promote_types(gradients.dtype, jnp.float32)
+    gram = jnp.zeros((m, m), work)
+    for columns in column_slices(d, GRAM_COLUMNS):
+        block = gradients[:, columns].astype(work)
+        gram = gram + jnp.matmul(block, block.T, precision="highest")
+    return apply(gradients, x, damping, solve_host, gram, damping)
+
+
+def apply(
+    gradients: Array, x: Array, damping: Any, solve: Callable[..., Any], *operands: Any
+) -> Array:
+    """(x − Gᵀ solve(Gx, *operands)) / damping, with ``solve`` called on the host."""
+    jax = sys.modules["jax"]
+    jnp = jax.numpy
+    dtype = jnp.promote_types(gradients.dtype, x.dtype)
+    work = jnp.promote_types(dtype, jnp.float32)
+    g = gradients.astype(work)
+    projected = jnp.matmul(g, x.astype(work), precision="highest")
+    solution = jax.pure_callback(
+        solve,
+        jax.ShapeDtypeStruct(projected.shape, work),
+        projected,
+        *operands,
+        vmap_method="sequential",
+    )
+    back = jnp.matmul(g.T, solution, precision="highest")
+    return ((x.astype(work) - back) / damping).astype(dtype)
+
+
+def solve_host(b: Any, gram: Any, damping: Any) -> np.ndarray[Any, Any]:
+    """Solve (m·damping·I + gram) c = b by a float64 Cholesky factorisation."""
+    a = np.array(gram, dtype=np.float64)
+    b = np.asarray(b)
+    a[np.diag_indices_from(a)] += len(a) * float(damping)
+    solution = scipy.linalg.solve(a, b.astype(np.float64), assume_a="pos")
+    return solution.astype(b.dtype)  # type: ignore[no-any-return]

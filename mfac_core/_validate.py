@@ -1,0 +1,133 @@
+"""Checks of arguments. Each error names the argument, what was expected, and what came."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+from mfac_core._arrays import (
+    Array,
+    array_namespace,
+    device,
+    is_array_api_obj,
+    is_floating,
+    is_jax_array,
+    is_numpy_array,
+    is_torch_array,
+)
+
+
+def array_argument(x: Any, name: str) -> Array:
+    """Return ``x`` when it is a real floating array, without its subclass or autograd history."""
+    if not is_array_api_obj(x):
+        msg = (
+            f"{name} must be an array of NumPy, CuPy, PyTorch, JAX or another array-API library, "
+            f"got {type(x).__name__}; convert it first, for example with numpy.asarray"
+        )
+        raise TypeError(msg)
+    if isinstance(x, np.ma.MaskedArray):
+        msg = f"{name} must be a plain array, got a masked array; fill it first with .filled()"
+        raise TypeError(msg)
+    if isinstance(x, np.generic):
+        x = np.asarray(x)
+    if not is_floating(x):
+        msg = (
+            f"{name} must be real floating point, got dtype {x.dtype}; convert it first, "
+            "for example to float32"
+        )
+        raise TypeError(msg)
+    if is_torch_array(x):
+        return x.detach()
+    if is_numpy_array(x):
+        x = np.asarray(x)
+        if not x.dtype.isnative:
+            x = x.astype(x.dtype.newbyteorder("="))
+    return x
+
+
+def gradients_argument(gradients: Any) -> Array:
+    """Check an (m, d) array of gradients; finiteness is checked where they are first read."""
+    g = array_argument(gradients, "gradients")
+    if g.ndim != 2:
+        msg = (
+            f"gradients must have shape (m, d), one gradient per row, got shape {tuple(g.shape)}; "
+            "for a single gradient g pass g[None, :]"
+        )
+        raise ValueError(msg)
+    if g.shape[0] < 1 or g.shape[1] < 1:
+        msg = f"gradients must have at least one row and one column, got shape {tuple(g.shape)}"
+        raise ValueError(msg)
+    return g
+
+
+def beside(x: Array, name: str, like: Array) -> None:
+    """Refuse an array of another library or device than the gradients ``like``."""
+    xp, expected = array_namespace(x), array_namespace(like)
+    if xp is not expected:
+        msg = (
+            f"{name} must be an array of the gradients' library {expected.__name__}, "
+            f"got one of {xp.__name__}; convert one of them"
+        )
+        raise TypeError(msg)
+    if is_jax_array(x):  # JAX checks placement itself, and knows shardings
+        return
+    if device(x) != device(like):
+        msg = (
+            f"{name} must be on the gradients' device {device(like)}, got {device(x)}; "
+            "move one of them"
+        )
+        raise ValueError(msg)
+
+
+def vector_argument(x: Any, name: str, length: int, *, ndim: tuple[int, ...] = (1,)) -> Array:
+    """Check a vector (d,) or, where ``ndim`` allows 2, a matrix (d, k) of columns."""
+    x = array_argument(x, name)
+    if x.ndim not in ndim or x.shape[0] != length:
+        shapes = {1: f"({length},)", 2: f"({length}, k)"}
+        expected = " or ".join(shapes[n] for n in ndim)
+        msg = f"{name} must have shape {expected}, got {tuple(x.shape)}"
+        raise ValueError(msg)
+    return x
+
+
+def positive_number(value: Any, name: str) -> float:
+    """Return ``value`` as a finite float above zero."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        msg = f"{name} must be a positive number, got {value!r}"
+        raise TypeError(msg) from None
+    if not (math.isfinite(number) and number > 0.0):
+        msg = f"{name} must be finite and positive, got {number!r}"
+        raise ValueError(msg)
+    return number
+
+
+def integer(value: Any, name: str, *, minimum: int) -> int:
+    """Return ``value`` as an int of at least ``minimum``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        msg = f"{name} must be an integer, got {value!r}"
+        raise TypeError(msg) from None
+    if isinstance(value, bool) or number < minimum:
+        msg = f"{name} must be an integer of at least {minimum}, got {value!r}"
+        raise ValueError(msg)
+    return number
+
+
+def index(value: Any, name: str, length: int) -> int:
+    """Return a position in ``range(length)``; negative values count from the end."""
+    try:
+        position = operator.index(value)
+    except TypeError:
+        msg = f"{name} must be an integer, got {value!r}"
+        raise TypeError(msg) from None
+    if not -length <= position < length:
+        held = f"0 to {length - 1}" if length else "nothing: it is empty"
+        msg = f"{name} {position} is out of range; the window holds {held}"
+        raise IndexError(msg)
+    return position % length

@@ -1,0 +1,392 @@
+"""The dynamic algorithm: a window of gradients that slides, in O(d·m + m²) per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mfac_core import _state
+from mfac_core import _validate as check
+from mfac_core._arrays import Array, array_namespace, device, home_of
+from mfac_core._dual import Dual
+from mfac_core._inverse import DampedInverse
+from mfac_core._ops import rows as ops
+from mfac_core._rows import Rows
+
+LARGEST_CANCELLATION = 128.0
+"""Terms of Gᵀc relative to their sum above which it is summed in float64."""
+
+NORMALIZATIONS = ("count", "window")
+
+
+class SlidingInverseFisher(DampedInverse):
+    """The inverse of F = λI + (1/n) Σ gᵢgᵢᵀ over a window of gradients, as an operator.
+
+    Parameters
+    ----------
+    num_params : int
+        d, the length of a gradient.
+    window_size : int
+        m, the most gradients held.
+    damping : float
+        λ > 0; can be set later.
+    dtype, xp, device : optional
+        Dtype, array namespace and device of the window. What is not given is taken from the
+        first gradient.
+    normalization : {"count", "window"}, default "count"
+        What n is: the number of gradients held, or ``window_size`` from the first step on, which
+        is what the authors' code does and makes the first steps up to m times longer.
+
+    Attributes
+    ----------
+    num_params, window_size : int
+        As given.
+    normalization : str
+        As given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its form.
+
+    See Also
+    --------
+    InverseFisher : All gradients at once.
+
+    Notes
+    -----
+    The window takes m·d numbers of memory, and 3m² of float64. A step (``append`` and a product)
+    costs one pass over the window for the new row of the Gram GGᵀ, one or two for the product,
+    and O(m²) for the dual A = nλI + GGᵀ, whose inverse is updated by two rank-one corrections,
+    refined in every solution, and computed afresh at least every m steps. While the window fills
+    under "count", n changes with each gradient, and the next product factors A in O(m³).
+
+    Answers the dynamic algorithm of Frantar, Kurtic and Alistarh (NeurIPS 2021,
+    arXiv 2107.03356), whose matrices D and B need O(m³) per exchanged gradient.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import mfac_core as mfac
+    >>> window = mfac.SlidingInverseFisher(2, window_size=2, damping=0.5)
+    >>> window.append(np.array([1.0, 0.0]))
+    >>> window.append(np.array([0.0, 2.0]))
+    >>> window @ np.array([1.0, 5.0])
+    array([1., 2.])
+    >>> window.append_matvec(np.array([0.0, 3.0]))  # the first gradient leaves
+    array([0.        , 0.42857143])
+    """
+
+    _largest_rounding = 2.0**-14  # every step would pay for float64 passes
+
+    def __init__(
+        self,
+        num_params: int,
+        window_size: int,
+        *,
+        damping: float,
+        dtype: Any = None,
+        xp: Any = None,
+        device: Any = None,
+        normalization: str = "count",
+    ) -> None:
+        self.num_params = check.integer(num_params, "num_params", minimum=1)
+        self.window_size = check.integer(window_size, "window_size", minimum=1)
+        self._damping = check.positive_number(damping, "damping")
+        if normalization not in NORMALIZATIONS:
+            msg = f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}"
+            raise ValueError(msg)
+        self.normalization = normalization
+        if device is not None and xp is None:
+            msg = "device needs xp, the array namespace it belongs to; give both or neither"
+            raise ValueError(msg)
+        self._given = (xp, dtype, device)
+        # Until library and dtype are known the ring has no rows.
+        space = np if xp is None else xp
+        self._hold(space.zeros((0, self.num_params), dtype=dtype, **_on(device)))
+        if xp is not None and dtype is not None:
+            self._allocate(self._rows.array)
+
+    # -- the window ------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, d)."""
+        return (self.num_params,) * 2
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the window; None until the first gradient, if it was not given."""
+        return self._rows.dtype if self._allocated else self._given[1]
+
+    @property
+    def device(self) -> Any:
+        """The device of the window; None until the first gradient, if it was not given."""
+        return self._rows.device if self._allocated else self._given[2]
+
+    @property
+    def damping(self) -> float:
+        """λ; setting it lets the next product factor the dual anew, in O(m³)."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        self._damping = check.positive_number(value, "damping")
+        self._reshift()
+
+    @property
+    def gradients(self) -> Array:
+        """The gradients held, oldest first, shape (len, d): a copy."""
+        if not self._slots:
+            return self._rows.array[:0, :]
+        xp = self._rows.xp
+        slots = xp.asarray(self._slots, **_on(self._rows.device))
+        return xp.take(self._rows.array, slots, axis=0)
+
+    def append(self, g: Array) -> None:
+        """Add a gradient; a full window drops its oldest.
+
+        Parameters
+        ----------
+        g : array, shape (d,)
+            A gradient, copied into the window in the window's dtype.
+
+        Raises
+        ------
+        TypeError
+            If ``g`` is not a real floating array of the window's library.
+        ValueError
+            If its shape or device is another, or it holds a NaN or an infinity. The window is
+            then as it was.
+
+        Notes
+        -----
+        One pass over the window and O(m²).
+        """
+        g, norm2 = self._gradient_argument(g)
+        if len(self) < self.window_size:
+            slot = self._free_slot()
+            self._exchange(slot, g, norm2, [*self._slots, slot])
+        else:
+            oldest, *others = self._slots
+            self._exchange(oldest, g, norm2, [*others, oldest])
+
+    def replace(self, i: int, g: Array) -> None:
+        """Exchange a gradient that is held; it keeps its age.
+
+        Parameters
+        ----------
+        i : int
+            Position in the window: 0 is the oldest, -1 the newest.
+        g : array, shape (d,)
+            See :meth:`append`.
+
+        Raises
+        ------
+        IndexError
+            If no such gradient is held.
+        TypeError, ValueError
+            See :meth:`append`.
+        """
+        i = check.index(i, "i", len(self))
+        g, norm2 = self._gradient_argument(g)
+        self._exchange(self._slots[i], g, norm2, self._slots)
+
+    def remove(self, i: int) -> None:
+        """Remove a gradient that is held.
+
+        Parameters
+        ----------
+        i : int
+            Position in the window: 0 is the oldest, -1 the newest.
+
+        Raises
+        ------
+        IndexError
+            If no such gradient is held.
+        """
+        i = check.index(i, "i", len(self))
+        slots = [slot for position, slot in enumerate(self._slots) if position != i]
+        zero = self._rows.array[self._slots[i], :] * 0
+        # An empty slot is a zero row: it adds nothing to any product.
+        self._exchange(self._slots[i], zero, 0.0, slots)
+
+    def append_matvec(self, g: Array) -> Array:
+        """Add a gradient and return F⁻¹g = n Gᵀ A⁻¹ eⱼ, j its row, with it in the window.
+
+        Parameters
+        ----------
+        g : array, shape (d,)
+            See :meth:`append`.
+
+        Returns
+        -------
+        array, shape (d,)
+            In the dtype of ``g``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See :meth:`append`.
+
+        Notes
+        -----
+        One pass over the window less than ``append`` and ``matvec``, and accurate for gradients
+        that are nearly collinear or for tiny λ, since nothing is subtracted.
+        """
+        dtype = getattr(g, "dtype", None)
+        self.append(g)
+        self._settle()
+        c = self._dual.column(self._slots[-1]) * self._divisor
+        exact = self._dual.cancellation(c) > LARGEST_CANCELLATION
+        return self._rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
+
+    def clear(self) -> None:
+        """Remove all gradients; library, dtype and device stay."""
+        self._hold(self._rows.array)
+
+    # -- products --------------------------------------------------------------------------
+
+    def _apply(self, x: Array, refine: int) -> Array:
+        if not len(self):
+            return x / self._damping
+        return super()._apply(x, refine)
+
+    def _diagonal(self) -> tuple[Array, float]:
+        if not len(self):
+            home = self._rows.home
+            return home.zeros(self.num_params) + 1.0 / self._damping, 1.0
+        return super()._diagonal()
+
+    def _product(self, x: Array, name: str, ndim: tuple[int, ...], refine: int = 0) -> Array:
+        if not self._allocated and self._given[0] is None:  # the identity/λ of any library
+            x = check.vector_argument(x, name, self.num_params, ndim=ndim)
+            return self._apply(x, refine)
+        return super()._product(x, name, ndim, refine)
+
+    @property
+    def _divisor(self) -> int:
+        return self.window_size if self.normalization == "window" else max(len(self), 1)
+
+    # -- state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state as plain arrays, numbers and strings.
+
+        Returns
+        -------
+        dict
+            Copies: ``gradients`` (rows of the ring) in the window's library, the m-sized float64
+            matrices as NumPy arrays. It fits ``numpy.savez(file, **state)``.
+
+        See Also
+        --------
+        load_state_dict : Takes it up; later results are then the same bit for bit.
+        """
+        return _state.save(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state, from a window of the same ``num_params`` and ``window_size``.
+
+        Parameters
+        ----------
+        state : mapping
+            What :meth:`state_dict` returned, or what ``numpy.load`` made of it. Damping and
+            normalization are taken from it.
+
+        Raises
+        ------
+        ValueError
+            If it is not a state of this version and these sizes, complete and consistent. The
+            window is then as it was.
+        """
+        loaded = _state.load(self, state)
+        self.__dict__.update(loaded.__dict__)
+
+    # -- changes ---------------------------------------------------------------------------
+
+    def _gradient_argument(self, g: Any) -> tuple[Array, float]:
+        """Check a gradient and return it in the window's dtype, with its squared norm."""
+        g = check.vector_argument(g, "g", self.num_params)
+        if self._allocated or self._given[0] is not None:
+            check.beside(g, "g", self._rows.array)
+        dtype = self.dtype if self.dtype is not None else g.dtype
+        if g.dtype != dtype:
+            with np.errstate(over="ignore"):  # an overflow is refused below, by name
+                g = array_namespace(g).astype(g, dtype)
+        norm2 = ops.square_norm(g, home_of(g))
+        if not np.isfinite(norm2):
+            msg = (
+                f"g must be finite in the window's dtype {dtype}, with a squared norm within "
+                "float64, got a NaN, an infinity or an overflow; skip or scale this gradient"
+            )
+            raise ValueError(msg)
+        if not self._allocated:
+            self._allocate(g)
+        return g, norm2
+
+    @property
+    def _allocated(self) -> bool:
+        return int(self._rows.array.shape[0]) == self.window_size
+
+    def _allocate(self, like: Array) -> None:
+        """Make the ring, in the library, dtype and device of ``like``."""
+        shape = (self.window_size, self.num_params)
+        self._hold(array_namespace(like).zeros(shape, dtype=like.dtype, **_on(device(like))))
+
+    def _hold(self, ring: Array) -> None:
+        """Start with no gradients in the rows of ``ring``."""
+        self._rows = Rows(ring, used=0)
+        self._slots: list[int] = []  # rows of the ring, oldest gradient first
+        self._dual = Dual(self._rows.home.zeros((0, 0)), self._shift, self._rows.home)
+        self._exact_steps = 0  # exchanges since the last look whether float32 would do
+        self._checked = True
+
+    def _settle(self) -> None:
+        super()._settle()
+        if self._rows.exact and self._exact_steps >= self.window_size:
+            # The ill-conditioned gradients may have left. Asking once in a window's length keeps
+            # the cost of a Gram computed anew in float64, should they return, below a pass a step.
+            self._exact_steps = 0
+            self._rows.exact = not self._solution_error() <= self._largest_rounding / 8
+
+    def _free_slot(self) -> int:
+        held = set(self._slots)
+        return next(slot for slot in range(self.window_size) if slot not in held)
+
+    def _exchange(self, slot: int, g: Array, norm2: float, slots: list[int]) -> None:
+        """Write ``g`` into a row of the ring, and let ``slots`` be the rows held from now on."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            products = self._rows.project(g)
+        if not bool(self._rows.home.xp.all(self._rows.home.xp.isfinite(products))):
+            self._rows.exact = True  # finite rows whose products overflow float32
+            products = self._rows.project(g)
+        used = self._rows.used
+        row = self._rows.home.zeros(max(used, slot + 1))
+        row[:used] = products
+        row[slot] = norm2
+        if slot == used:
+            self._dual.grow()
+        self._slots = slots
+        self._reshift()
+        self._dual.replace(slot, row)
+        self._rows.write(slot, g)
+        self._checked = False
+        self._exact_steps += self._rows.exact
+
+    @property
+    def _shift(self) -> float:
+        return self._divisor * self._damping
+
+    def _reshift(self) -> None:
+        self._dual.set_shift(self._shift)
+        self._checked = False
+
+
+def _on(device: Any) -> dict[str, Any]:
+    return {} if device is None else {"device": device}

@@ -1,0 +1,359 @@
+"""Oracles and assertions for checking inverse Fisher products, here and in your own tests.
+
+Three independent ways to the same numbers, none of which shares code with the operators: a dense
+float64 inverse by SciPy, and the paper's two algorithms written plainly, one vector at a time.
+All of them are for small problems.
+
+The paper is E. Frantar, E. Kurtic, D. Alistarh, "M-FAC: Efficient Matrix-Free Approximations of
+Second-Order Information", NeurIPS 2021, arXiv 2107.03356.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy
+
+from mfac_core import _validate as check
+from mfac_core._arrays import Array, array_namespace, send, to_numpy
+from mfac_core._operator import SymmetricOperator
+
+NDArray = np.ndarray[Any, Any]
+
+__all__ = [
+    "DynamicRecursion",
+    "StaticRecursion",
+    "assert_operator_close",
+    "dense_fisher",
+    "dense_inverse",
+    "error_bound",
+]
+
+
+def dense_fisher(gradients: Array, *, damping: float, divisor: int | None = None) -> NDArray:
+    """Return F = λI + GᵀG/n as a dense float64 matrix.
+
+    Parameters
+    ----------
+    gradients : array, shape (m, d)
+        G, one gradient per row, of any array library.
+    damping : float
+        λ > 0.
+    divisor : int, optional
+        n; the number of gradients m by default.
+
+    Returns
+    -------
+    numpy.ndarray, shape (d, d)
+        F. O(d²) memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mfac_core.testing import dense_fisher
+    >>> dense_fisher(np.array([[1.0, 2.0]]), damping=1.0)
+    array([[2., 2.],
+           [2., 5.]])
+    """
+    g = _wide(gradients)
+    damping = check.positive_number(damping, "damping")
+    n = len(g) if divisor is None else divisor
+    return damping * np.eye(g.shape[1]) + g.T @ g / n
+
+
+def dense_inverse(gradients: Array, *, damping: float, divisor: int | None = None) -> NDArray:
+    """Return F⁻¹ as a dense float64 matrix, by SciPy.
+
+    Parameters
+    ----------
+    gradients : array, shape (m, d)
+        G, one gradient per row, of any array library.
+    damping : float
+        λ > 0.
+    divisor : int, optional
+        n of F = λI + GᵀG/n; the number of gradients m by default.
+
+    Returns
+    -------
+    numpy.ndarray, shape (d, d)
+        F⁻¹, symmetric. O(d³) operations.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mfac_core.testing import dense_inverse
+    >>> dense_inverse(np.array([[0.0, 2.0]]), damping=1.0)
+    array([[1. , 0. ],
+           [0. , 0.2]])
+    """
+    fisher = dense_fisher(gradients, damping=damping, divisor=divisor)
+    inverse = scipy.linalg.inv(fisher)
+    return (inverse + inverse.T) / 2  # type: ignore[no-any-return]
+
+
+class StaticRecursion:
+    """The paper's static algorithm: F⁻¹ by one Sherman-Morrison step per gradient.
+
+    With F_k the matrix after k gradients (divisor m throughout), v_k = F_{k-1}⁻¹ g_k and
+    q_k = m + g_kᵀ v_k, so that F⁻¹ = I/λ − Σ_k v_k v_kᵀ / q_k. O(d·m²) to set up.
+
+    Parameters
+    ----------
+    gradients : array, shape (m, d)
+        One gradient per row, of any array library.
+    damping : float
+        λ > 0.
+    dtype : dtype, default float64
+        NumPy dtype the recursion runs in.
+
+    Attributes
+    ----------
+    v : numpy.ndarray, shape (m, d)
+        The vectors v_k.
+    q : numpy.ndarray, shape (m,)
+        The scalars q_k.
+    damping : float
+        λ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mfac_core.testing import StaticRecursion
+    >>> StaticRecursion(np.array([[0.0, 2.0]]), damping=1.0).matvec(np.array([1.0, 5.0]))
+    array([1., 1.])
+    """
+
+    def __init__(self, gradients: Array, *, damping: float, dtype: Any = np.float64) -> None:
+        g = _wide(gradients).astype(dtype)
+        self.damping = check.positive_number(damping, "damping")
+        m = len(g)
+        self.v = np.empty_like(g)
+        self.q = np.empty(m, dtype)
+        for k in range(m):
+            self.v[k] = self._partial(g[k], k)
+            self.q[k] = m + g[k] @ self.v[k]
+
+    def matvec(self, x: Array) -> NDArray:
+        """Return F⁻¹x = x/λ − Σ_k (v_kᵀx / q_k) v_k; O(d·m).
+
+        Parameters
+        ----------
+        x : array, shape (d,)
+            A vector.
+
+        Returns
+        -------
+        numpy.ndarray, shape (d,)
+            F⁻¹x.
+        """
+        return self._partial(_wide(x).astype(self.v.dtype), len(self.v))
+
+    def entry(self, i: int, j: int) -> float:
+        """Return [F⁻¹]ᵢⱼ = δᵢⱼ/λ − Σ_k v_kᵢ v_kⱼ / q_k; O(m).
+
+        Parameters
+        ----------
+        i, j : int
+            Row and column.
+
+        Returns
+        -------
+        float
+            The element.
+        """
+        return float((i == j) / self.damping - np.sum(self.v[:, i] * self.v[:, j] / self.q))
+
+    def _partial(self, x: NDArray, k: int) -> NDArray:
+        """F_k⁻¹x."""
+        weights = (self.v[:k] @ x) / self.q[:k]
+        return x / self.v.dtype.type(self.damping) - weights @ self.v[:k]  # type: ignore[no-any-return]
+
+
+class DynamicRecursion:
+    """The paper's dynamic algorithm: F⁻¹x through m × m matrices D and B.
+
+    D_ij = g_iᵀ F_{i-1}⁻¹ g_j for j ≥ i, and F_{i-1}⁻¹ g_i = Σ_j B_ij g_j, so that all that is
+    d-sized are products with G. O(d·m² + m³) to set up.
+
+    Parameters
+    ----------
+    gradients : array, shape (m, d)
+        One gradient per row, of any array library.
+    damping : float
+        λ > 0.
+
+    Attributes
+    ----------
+    D : numpy.ndarray, shape (m, m)
+        Upper triangular.
+    B : numpy.ndarray, shape (m, m)
+        Lower triangular.
+    damping : float
+        λ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mfac_core.testing import DynamicRecursion
+    >>> DynamicRecursion(np.array([[0.0, 2.0]]), damping=1.0).matvec(np.array([1.0, 5.0]))
+    array([1., 1.])
+    """
+
+    def __init__(self, gradients: Array, *, damping: float) -> None:
+        self._g = g = _wide(gradients)
+        self.damping = check.positive_number(damping, "damping")
+        m = len(g)
+        self.D = np.triu(g @ g.T / self.damping)
+        self.B = np.eye(m) / self.damping
+        for i in range(m):
+            for k in range(i):
+                weight = self.D[k, i] / (m + self.D[k, k])
+                self.D[i, i:] -= weight * self.D[k, i:]
+                self.B[i] -= weight * self.B[k]
+
+    def matvec(self, x: Array) -> NDArray:
+        """Return F⁻¹x = x/λ − Σ_i b_i / (m + D_ii) Σ_j B_ij g_j, with b_i = g_iᵀ F_{i-1}⁻¹ x.
+
+        Parameters
+        ----------
+        x : array, shape (d,)
+            A vector.
+
+        Returns
+        -------
+        numpy.ndarray, shape (d,)
+            F⁻¹x; O(d·m + m²).
+        """
+        x = _wide(x)
+        m = len(self._g)
+        pivots = m + np.diagonal(self.D)
+        b = self._g @ x / self.damping
+        for i in range(m):
+            for k in range(i):
+                b[i] -= self.D[k, i] / pivots[k] * b[k]
+        return x / self.damping - (b / pivots) @ self.B @ self._g  # type: ignore[no-any-return]
+
+
+def error_bound(
+    gradients: Array, *, damping: float, dtype: Any = None, divisor: int | None = None
+) -> float:
+    """Return a bound on the relative error of F⁻¹x: a modest multiple of κ(F) times rounding.
+
+    Parameters
+    ----------
+    gradients : array, shape (m, d)
+        G, one gradient per row, of any array library.
+    damping : float
+        λ > 0.
+    dtype : NumPy dtype, optional
+        What the products were computed in; the gradients' own dtype by default.
+    divisor : int, optional
+        n of F = λI + GᵀG/n; the number of gradients m by default.
+
+    Returns
+    -------
+    float
+        (4 + √m)·κ(F)·ε, where κ(F) ≤ (λ + tr(GᵀG)/n)/λ is F's condition number and ε the spacing
+        of 1 in ``dtype``. To be compared with ‖y − F⁻¹x‖/‖F⁻¹x‖.
+
+    Notes
+    -----
+    F⁻¹x = (x − Gᵀ A⁻¹ G x)/λ subtracts numbers as large as ‖x‖/λ, each rounded, to leave at least
+    ‖x‖/‖F‖; a relative perturbation of ε in A moves its solutions by κ(A)·ε ≤ κ(F)·ε. Random
+    rounding errors of m terms add up like √m.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mfac_core.testing import error_bound
+    >>> bound = error_bound(np.array([[0.0, 2.0]]), damping=1.0)
+    >>> round(bound / np.finfo(float).eps)
+    25
+    """
+    g = _wide(gradients)
+    n = len(g) if divisor is None else divisor
+    spacing = _spacing(gradients if dtype is None else np.empty(0, dtype))
+    condition = 1.0 + float(np.sum(g * g)) / (n * damping)
+    return float((4 + len(g) ** 0.5) * condition * spacing)
+
+
+def assert_operator_close(
+    operator: SymmetricOperator, dense: NDArray, *, rtol: float, seed: int = 0
+) -> None:
+    """Assert that an operator is a given matrix, whatever way it is asked.
+
+    Compares products with a vector and with columns from both sides, ``@``, the transpose, the
+    diagonal, ``to_dense`` and ``to_scipy``, and checks shapes and the array library of results.
+
+    Parameters
+    ----------
+    operator : operator of shape (d, d)
+        Any operator of this package.
+    dense : numpy.ndarray, shape (d, d)
+        The matrix it should be, for example from :func:`dense_inverse`.
+    rtol : float
+        Largest error of a result relative to its norm, for example from :func:`error_bound`.
+    seed : int, default 0
+        For the vectors, which are standard normal.
+
+    Raises
+    ------
+    AssertionError
+        If a result differs; names it and its error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import mfac_core as mfac
+    >>> from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
+    >>> G = np.random.default_rng(0).standard_normal((3, 5))
+    >>> operator = mfac.InverseFisher(G, damping=0.1)
+    >>> bound = error_bound(G, damping=0.1)
+    >>> assert_operator_close(operator, dense_inverse(G, damping=0.1), rtol=bound)
+    """
+    d = dense.shape[0]
+    assert operator.shape == (d, d), f"shape is {operator.shape}, expected {(d, d)}"
+    like = operator._like()
+    rng = np.random.default_rng(seed)
+    vector = send(rng.standard_normal(d), like, operator.dtype)
+    columns = send(rng.standard_normal((d, 3)), like, operator.dtype)
+    x, columns64 = _wide(vector), _wide(columns)
+
+    results = {
+        "matvec": (operator.matvec(vector), dense @ x),
+        "rmatvec": (operator.rmatvec(vector), dense.T @ x),
+        "matmat": (operator.matmat(columns), dense @ columns64),
+        "rmatmat": (operator.rmatmat(columns), dense.T @ columns64),
+        "operator @ vector": (operator @ vector, dense @ x),
+        "operator @ columns": (operator @ columns, dense @ columns64),
+        "operator.T @ vector": (operator.T @ vector, dense.T @ x),
+        "operator.H @ vector": (operator.H @ vector, dense.T @ x),
+        "diagonal": (operator.diagonal(), np.diagonal(dense)),
+        "to_dense": (operator.to_dense(), dense),
+    }
+    for name, (result, expected) in results.items():
+        assert array_namespace(result) is array_namespace(like), (
+            f"{name} is of {array_namespace(result).__name__}"
+        )
+        assert result.dtype == operator.dtype, f"{name} is of dtype {result.dtype}"
+        _assert_close(name, _wide(result), expected, rtol)
+
+    linear = operator.to_scipy()
+    _assert_close("to_scipy() @ vector", linear @ x, dense @ x, rtol)
+    _assert_close("to_scipy() @ columns", linear @ columns64, dense @ columns64, rtol)
+
+
+def _assert_close(name: str, actual: NDArray, expected: NDArray, rtol: float) -> None:
+    assert actual.shape == expected.shape, f"{name} has shape {actual.shape}"
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert error <= rtol, f"{name} is off by {error:.2e}, relative; allowed were {rtol:.2e}"
+
+
+def _wide(x: Array) -> NDArray:
+    return to_numpy(x).astype(np.float64)
+
+
+def _spacing(x: Array) -> float:
+    """ε of the dtype, those of 16 bits included."""
+    return float(array_namespace(x).finfo(x.dtype).eps)

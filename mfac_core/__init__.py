@@ -4,6 +4,7 @@ Given m gradients of dimension d (the rows of G, an array of any library that fo
 array API standard), products with and elements of the inverse of F = λI + GᵀG/m.
 """
 
+from mfac_core.blocked import BlockInverseFisher as BlockInverseFisher
 from mfac_core.fisher import EmpiricalFisher as EmpiricalFisher
 from mfac_core.sliding import SlidingInverseFisher as SlidingInverseFisher
 from mfac_core.static import InverseFisher as InverseFisher
@@ -11,4 +12,10 @@ from mfac_core.static import ihvp as ihvp
 
 __version__ = "0.1.0"
 
-__all__ = ["EmpiricalFisher", "InverseFisher", "SlidingInverseFisher", "ihvp"]
+__all__ = [
+    "BlockInverseFisher",
+    "EmpiricalFisher",
+    "InverseFisher",
+    "SlidingInverseFisher",
+    "ihvp",
+]

@@ -20,6 +20,7 @@ from array_api_compat import (
     is_jax_array,
     is_numpy_array,
     is_torch_array,
+    to_device,
 )
 
 Array: TypeAlias = Any
@@ -42,6 +43,7 @@ __all__ = [
     "itemsize",
     "promote",
     "send",
+    "to_device",
     "to_numpy",
     "widen",
 ]
@@ -130,7 +132,8 @@ class Home:
             return np.asarray(to_numpy(x), dtype=np.float64)
         if is_numpy_array(x):
             return self.xp.asarray(x, dtype=self.xp.float64, device=self.device)
-        return self.xp.astype(x, self.xp.float64, copy=False)
+        x = self.xp.astype(x, self.xp.float64, copy=False)
+        return x if device(x) == self.device else to_device(x, self.device)
 
     def zeros(self, shape: int | tuple[int, ...]) -> Array:
         """Return float64 zeros."""
@@ -165,4 +168,5 @@ def send(c: Array, like: Array, dtype: Any) -> Array:
         if is_jax_array(like):  # narrow on the host: JAX would warn about float64
             return xp.asarray(c.astype(dtype), device=device(like))
         return xp.asarray(c, dtype=dtype, device=device(like))
-    return xp.astype(c, dtype, copy=False)
+    c = xp.astype(c, dtype, copy=False)
+    return c if device(c) == device(like) else to_device(c, device(like))

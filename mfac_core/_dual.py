@@ -164,9 +164,14 @@ class Dual:
             self._factor = dense.cholesky(self.home, self._matrix(self.shift))
         return self._factor is not None
 
-    def whiten(self, b: Array) -> Array:
-        """L⁻¹b with A = L Lᵀ."""
-        return dense.solve_lower(self.home, self.factor(), b)
+    def whiten(self, b: Array, home: Home) -> Array:
+        """L⁻¹b with A = L Lᵀ, where b is."""
+        return dense.solve_lower(home, home.receive(self.factor()), b)
+
+    def logdet(self) -> float:
+        """Return log det A."""
+        diagonal = self.home.xp.linalg.diagonal(self.factor())
+        return 2.0 * float(self.home.xp.sum(self.home.xp.log(diagonal)))
 
     def inverse_norm(self) -> float:
         """Estimate ‖A⁻¹‖₂ by power iteration, from below; infinite where A is indefinite.
@@ -202,6 +207,10 @@ class Dual:
         terms = float(self.home.xp.sum(c * c * self._diagonal()))
         total = float(c @ (self.gram @ c))
         return (terms / total) ** 0.5 if total > 0.0 else math.inf
+
+    def matrix(self) -> Array:
+        """Return A."""
+        return self._matrix(self.shift)
 
     def _matrix(self, shift: float) -> Array:
         return self.gram + shift * self.home.eye(len(self))

@@ -1,45 +1,33 @@
-"""What the static and the sliding inverse share: products and diagonal from rows and dual."""
+"""What the static and the sliding inverse share: every query from rows and dual."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
+
 from mfac_core import _traced
-from mfac_core._arrays import Array, is_traced, promote, send, widen
+from mfac_core._arrays import Array, is_traced, promote, send, to_numpy, widen
 from mfac_core._dual import Dual
-from mfac_core._operator import SymmetricOperator
-from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW, Rows
+from mfac_core._lowrank import LowRankOperator
+from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW
 
 LARGEST_DIAGONAL_ROUNDING = 1e-5
 """Rounding of the Gram relative to 1 − t, above which the diagonal asks for float64 products."""
 
 
-class DampedInverse(SymmetricOperator):
+class DampedInverse(LowRankOperator):
     """F⁻¹ for F = λI + GᵀG/n, from the rows G and the dual A = nλI + GGᵀ."""
+
+    _exponent = -1.0
 
     _largest_rounding: float
     """Error of solutions due to float32 products above which products run in float64."""
 
-    _rows: Rows
     _dual: Dual
-    _damping: float
     _checked: bool
     """Whether the Gram is known to be accurate enough for the dual's condition."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (self._rows.shape[1],) * 2
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the gradients."""
-        return self._rows.dtype
-
-    @property
-    def device(self) -> Any:
-        """The device of the gradients."""
-        return self._rows.device
 
     @property
     def damping(self) -> float:
@@ -47,20 +35,21 @@ class DampedInverse(SymmetricOperator):
         return self._damping
 
     @property
-    def _divisor(self) -> int:
-        """The n of F = λI + GᵀG/n."""
-        return self._rows.shape[0]
+    def _alpha(self) -> float:
+        return 1.0 / self._damping
 
-    def _like(self) -> Array:
-        return self._rows.array
+    def _middle(self, b: Array) -> Array:
+        self._settle()
+        return -self._dual.solve(b) / self._damping
 
-    def matvec(self, x: Array, *, refine: int = 0) -> Array:
+    def matvec(self, x: Any, *, refine: int = 0) -> Any:
         """Return F⁻¹x = (x − Gᵀ A⁻¹ G x) / λ.
 
         Parameters
         ----------
         x : array, shape (d,)
-            Real floating, of the gradients' library and device.
+            Real floating, of the gradients' library and device. For gradients in several parts
+            also a list of pieces, one beside each part.
         refine : int, default 0
             Steps of refinement in float64. Worth it for λ far below the gradients' mean square
             and x in their span, where the subtraction cancels; float32 passes alone then lose
@@ -69,7 +58,7 @@ class DampedInverse(SymmetricOperator):
         Returns
         -------
         array, shape (d,)
-            In the promoted dtype of ``x`` and the gradients.
+            In the promoted dtype of ``x`` and the gradients; a list of pieces for a list.
 
         Raises
         ------
@@ -84,7 +73,7 @@ class DampedInverse(SymmetricOperator):
         """
         return self._product(x, "x", (1,), refine)
 
-    def matmat(self, x: Array, *, refine: int = 0) -> Array:
+    def matmat(self, x: Any, *, refine: int = 0) -> Any:
         """Return F⁻¹X for a matrix of columns, at the speed of matrix products.
 
         Parameters
@@ -114,42 +103,71 @@ class DampedInverse(SymmetricOperator):
         d·m² multiplications in float64, streaming over blocks of columns: nothing of size m × d
         is stored.
         """
-        diagonal, smallest = self._diagonal()
+        return super().diagonal()
+
+    def logdet(self) -> float:
+        """Return log det F⁻¹ = −(d log λ + log det A − m log(nλ)).
+
+        Returns
+        -------
+        float
+            The logarithm of the determinant of the inverse.
+
+        Notes
+        -----
+        O(m), or O(m³) where the dual is not factored at the moment.
+        """
+        self._settle()
+        m = len(self._dual)
+        dual = self._dual.logdet() - m * math.log(self._divisor * self._damping)
+        return -(self._fisher_logdet_scale + dual)
+
+    def _diagonal(self) -> Array:
+        diagonal, smallest = self._clamped_diagonal()
         # 1 − t has lost what t's rounding is to it.
-        if self._rows.rounding > LARGEST_DIAGONAL_ROUNDING * smallest:
+        lost = self._rows.rounding > LARGEST_DIAGONAL_ROUNDING * smallest
+        if self._rows.anywhere(lost):
             self._recompute_gram()
-            diagonal, _ = self._diagonal()
-        return send(diagonal, self._like(), self.dtype)
+            diagonal, _ = self._clamped_diagonal()
+        return diagonal
 
-    def _diagonal(self) -> tuple[Array, float]:
-        """Return the diagonal in the home and the smallest 1 − t it was computed from."""
+    def _clamped_diagonal(self) -> tuple[Array, float]:
+        """Return the diagonal, and the smallest 1 − t it was computed from."""
         self._settle()
-        xp, damping = self._rows.home.xp, self._damping
         parts, smallest = [], 1.0
-        for _, block in self._rows.wide_blocks():
-            whitened = self._dual.whiten(block)
+        for home, block in self._rows.wide_blocks():
+            xp, whitened = home.xp, self._dual.whiten(block, home)
             rest = 1.0 - xp.sum(whitened * whitened, axis=0)
-            fisher = damping + xp.sum(block * block, axis=0) / self._divisor
+            fisher = self._damping + xp.sum(block * block, axis=0) / self._divisor
             smallest = min(smallest, float(xp.min(rest)))
-            parts.append(xp.clip(rest / damping, 1.0 / fisher, 1.0 / damping))
-        return xp.concat(parts), max(smallest, 0.0)
+            clamped = xp.clip(rest / self._damping, 1.0 / fisher, 1.0 / self._damping)
+            parts.append(to_numpy(clamped))
+        return np.concatenate(parts), max(smallest, 0.0)
 
-    def _apply(self, x: Array, refine: int) -> Array:
-        dtype = promote(x, self.dtype)
-        self._settle()
-        if is_traced(x):
+    def _sample(self, n: int, rng: np.random.Generator) -> Array:
+        # F⁻¹ of a draw from N(0, F) has covariance F⁻¹ F F⁻¹.
+        return self._apply(self._fisher_sample(n, rng), 0)
+
+    def _apply(self, x: Any, refine: int) -> Any:
+        first = x[0] if isinstance(x, list) else x
+        if is_traced(first):
+            self._settle()
             return _traced.apply(self._like(), x, self._damping, self._solve_traced)
-        if refine:
-            return send(self._refined(widen(x), refine), self._like(), dtype)
-        c = self._dual.solve(self._rows.project(x))
-        return self._rows.combine(-c / self._damping, x, 1.0 / self._damping, dtype=dtype)
+        if not refine:
+            return super()._apply(x, refine)
+        dtype = promote(first, self.dtype)
+        if isinstance(x, list):
+            refined = self._refined([widen(piece) for piece in x], refine)
+            return [send(y, piece, dtype) for y, piece in zip(refined, x, strict=True)]
+        return send(self._refined(widen(x), refine), self._like(), dtype)
 
-    def _refined(self, x: Array, steps: int) -> Array:
+    def _refined(self, x: Any, steps: int) -> Any:
         """F⁻¹x in float64, with residuals taken through G instead of through its Gram.
 
         For y = (x − Gᵀc)/λ the residual x − Fy is Gᵀe with e = c − Gy/n, and F⁻¹Gᵀe = n GᵀA⁻¹e:
         a step is one projection and one combination, and subtracts nothing large.
         """
+        self._settle()
         n, damping = self._divisor, self._damping
         c = self._dual.solve(self._rows.project(x))
         y = self._rows.combine_wide(-c / damping, x, 1.0 / damping)
@@ -175,7 +193,7 @@ class DampedInverse(SymmetricOperator):
         """Estimate the relative error of solutions when products of rows run in float32."""
         gram_error = (
             FLOAT32_ROUNDING * self._dual.largest_square_norm()
-            + FLOAT32_UNDERFLOW * self._rows.shape[1]
+            + FLOAT32_UNDERFLOW * self._rows.total_columns
         )
         return gram_error * self._dual.inverse_norm()
 

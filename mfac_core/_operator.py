@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
@@ -13,13 +13,14 @@ from mfac_core._arrays import Array, array_namespace, send, to_numpy
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
+Indices: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
 
 class SymmetricOperator(ABC):
     """A real symmetric (d, d) matrix known by its products.
 
-    Subclasses give ``shape``, ``dtype``, ``device``, :meth:`diagonal` and two private acts:
-    ``_apply`` a checked vector or matrix of columns, and ``_like``, an array of the operator's
-    library and device (of any shape).
+    This class checks arguments and documents the queries; subclasses answer them in private
+    methods, in float64 where results are small.
     """
 
     ndim = 2
@@ -42,16 +43,57 @@ class SymmetricOperator(ABC):
         """The device of the gradients."""
 
     @abstractmethod
-    def diagonal(self) -> Array:
-        """Return the diagonal, shape (d,)."""
-
-    @abstractmethod
-    def _apply(self, x: Array, refine: int) -> Array:
+    def _apply(self, x: Any, refine: int) -> Any:
         """Return the product with a checked x of shape (d,) or (d, k)."""
 
     @abstractmethod
     def _like(self) -> Array:
-        """Return an array of the operator's library and device."""
+        """Return an array of the operator's library and (first) device."""
+
+    @abstractmethod
+    def _diagonal(self) -> Array:
+        """Return the diagonal as any float array."""
+
+    @abstractmethod
+    def _entries(self, rows: Indices, cols: Indices) -> Array:
+        """Return the elements (rows[k], cols[k]) as any float array, shape (k,)."""
+
+    @abstractmethod
+    def _submatrix(self, indices: Indices) -> Array:
+        """Return the submatrix of these rows and columns as any float array."""
+
+    @abstractmethod
+    def _quadratic(self, x: Any) -> Array:
+        """Return xᵀ·op·x as any float array, shape () or (k,)."""
+
+    @abstractmethod
+    def _sample(self, n: int, rng: np.random.Generator) -> Array:
+        """Return n draws from N(0, op) as columns, shape (d, n)."""
+
+    @abstractmethod
+    def logdet(self) -> float:
+        """Return the logarithm of the operator's determinant.
+
+        Returns
+        -------
+        float
+            log det of the operator itself: of F for a Fisher matrix, of F⁻¹ for an inverse one.
+        """
+
+    @abstractmethod
+    def power(self, p: float) -> SymmetricOperator:
+        """Return a real power of this operator, as an operator.
+
+        Parameters
+        ----------
+        p : float
+            Any real number. Relative to this operator: ``InverseFisher(...).power(0.5)`` is F^-½.
+
+        Returns
+        -------
+        operator of shape (d, d)
+            With the same queries.
+        """
 
     @property
     def T(self) -> Self:
@@ -63,10 +105,25 @@ class SymmetricOperator(ABC):
         """The adjoint: the operator itself."""
         return self
 
-    def _product(self, x: Array, name: str, ndim: tuple[int, ...], refine: int = 0) -> Array:
+    def _checked_columns(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
         x = check.vector_argument(x, name, self.shape[0], ndim=ndim)
         check.beside(x, name, self._like())
+        return x
+
+    def _product(self, x: Any, name: str, ndim: tuple[int, ...], refine: int = 0) -> Any:
+        x = self._checked_columns(x, name, ndim)
         return self._apply(x, check.integer(refine, "refine", minimum=0))
+
+    def _column(self, j: int) -> Array:
+        return self._apply(self._unit(j), 0)
+
+    def _unit(self, j: int) -> Array:
+        unit = np.zeros(self.shape[0])
+        unit[j] = 1.0
+        return send(unit, self._like(), self.dtype)
+
+    def _normal(self, n: int, rng: np.random.Generator) -> Array:
+        return send(rng.standard_normal((self.shape[0], n)), self._like(), self.dtype)
 
     def matvec(self, x: Array) -> Array:
         """Multiply a vector.
@@ -104,6 +161,141 @@ class SymmetricOperator(ABC):
             In the promoted dtype of ``x`` and the gradients.
         """
         return self._product(x, "x", (2,))
+
+    def diagonal(self) -> Array:
+        """Return the diagonal.
+
+        Returns
+        -------
+        array, shape (d,)
+            In the gradients' dtype.
+
+        Notes
+        -----
+        Streams over blocks of columns; nothing of size m × d is stored.
+        """
+        return send(self._diagonal(), self._like(), self.dtype)
+
+    def entries(self, rows: Any, cols: Any) -> Array:
+        """Return single elements, by row and column.
+
+        Parameters
+        ----------
+        rows, cols : int or array of int
+            Indices below d, of shapes that broadcast; negative ones count from the end.
+
+        Returns
+        -------
+        array
+            Elements (rows, cols), in the broadcast shape and the gradients' dtype.
+
+        Raises
+        ------
+        TypeError, IndexError
+            If an index is not an integer, or out of range.
+
+        Notes
+        -----
+        An element of a low-rank operator costs O(m²), or O(m) where it stores whitened gradients;
+        only the columns asked for are read.
+        """
+        i = check.indices(rows, "rows", self.shape[0])
+        j = check.indices(cols, "cols", self.shape[0])
+        try:
+            i, j = np.broadcast_arrays(i, j)
+        except ValueError:
+            msg = f"rows and cols must have shapes that broadcast, got {i.shape} and {j.shape}"
+            raise ValueError(msg) from None
+        values = send(self._entries(i.ravel(), j.ravel()), self._like(), self.dtype)
+        return array_namespace(values).reshape(values, i.shape)
+
+    def column(self, j: int) -> Array:
+        """Return one column.
+
+        Parameters
+        ----------
+        j : int
+            Its index; negative ones count from the end.
+
+        Returns
+        -------
+        array, shape (d,)
+            In the gradients' dtype.
+
+        Raises
+        ------
+        TypeError, IndexError
+            If ``j`` is not an integer, or out of range.
+
+        Notes
+        -----
+        One pass over the gradients, where a product has two.
+        """
+        return self._column(int(check.indices(j, "j", self.shape[0], ndim=(0,))))
+
+    def submatrix(self, indices: Any) -> Array:
+        """Return the square matrix of chosen rows and columns.
+
+        Parameters
+        ----------
+        indices : array of int, shape (k,)
+            Indices below d, in any order, repeated or not; negative ones count from the end.
+
+        Returns
+        -------
+        array, shape (k, k)
+            In the gradients' dtype.
+
+        Raises
+        ------
+        TypeError, IndexError
+            If an index is not an integer, or out of range.
+
+        Notes
+        -----
+        O(k·m² + k²·m) for a low-rank operator; only k columns of the gradients are read.
+        """
+        i = check.indices(indices, "indices", self.shape[0], ndim=(1,))
+        return send(self._submatrix(i), self._like(), self.dtype)
+
+    def quadratic(self, x: Array) -> Any:
+        """Return xᵀ·op·x.
+
+        Parameters
+        ----------
+        x : array, shape (d,) or (d, k)
+            A vector, or columns of vectors.
+
+        Returns
+        -------
+        float, or array of shape (k,)
+            One number for each vector.
+
+        Notes
+        -----
+        One pass over the gradients, where a product has two.
+        """
+        x = self._checked_columns(x, "x", (1, 2))
+        values = self._quadratic(x)
+        return float(values) if values.ndim == 0 else send(values, self._like(), self.dtype)
+
+    def sample(self, n: int, rng: Any = None) -> Array:
+        """Draw from the normal distribution with this operator as its covariance.
+
+        Parameters
+        ----------
+        n : int
+            How many draws.
+        rng : numpy.random.Generator or int, optional
+            Source of randomness, or a seed for one.
+
+        Returns
+        -------
+        array, shape (n, d)
+            Draws from N(0, op), in the gradients' dtype.
+        """
+        n = check.integer(n, "n", minimum=1)
+        return self._sample(n, np.random.default_rng(rng)).T
 
     def rmatvec(self, x: Array) -> Array:
         """Multiply a vector by the adjoint, which is the operator itself.

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import array_api_extra as xpx
+import numpy as np
 
-from mfac_core._arrays import Array, Home, array_namespace, device, home_of, is_jax_array, itemsize
+from mfac_core._arrays import (
+    Array,
+    Home,
+    array_namespace,
+    device,
+    home_of,
+    is_jax_array,
+    itemsize,
+    to_device,
+    to_numpy,
+)
 from mfac_core._ops import rows as ops
 
 FLOAT32_ROUNDING = 2.0**-21
@@ -20,100 +32,215 @@ rows it is twenty times less.
 FLOAT32_UNDERFLOW = 2.0**-126
 """Error of a product of two numbers whose square is too small for float32."""
 
+Reduce: TypeAlias = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+"""Sums a float64 NumPy array over ranks and returns the sum on each."""
 
-class Rows:
-    """Gradients as the rows of one array G, shape (m, d).
+Columns: TypeAlias = Array | list[Array]
+"""What has d rows: one array, or the list of its parts beside the parts of the gradients."""
 
-    Four acts suffice for both algorithms: ``gram`` GGᵀ, ``project`` GX, ``combine`` GᵀC and
-    ``write``; plus columns, block by block. What is m-sized comes and goes as float64 in the
-    ``home``. With ``exact`` set, products of narrower dtypes run in float64.
+
+class Rows(ABC):
+    """Gradients as the rows of G, shape (m, d), held in one part or several, side by side.
+
+    Three acts suffice to read them: ``gram`` GGᵀ, ``project`` GX and ``combine`` GᵀC; plus
+    columns, block by block or by index. What is m-sized comes and goes as float64 in the
+    ``home``; over ranks that hold different columns it is summed by ``reduce``. With ``exact``
+    set, products of narrower dtypes run in float64.
+
+    Parameters
+    ----------
+    like : array
+        Any array of the gradients' library, dtype and (first) device.
+    shape : tuple of int
+        (m, d), of this rank's columns.
+    reduce : callable, optional
+        Sum over ranks.
     """
 
-    def __init__(self, array: Array, used: int | None = None) -> None:
-        self.array = array
-        self.used: int = array.shape[0] if used is None else used  # the leading rows in use
-        self.home: Home = home_of(array)
+    def __init__(self, like: Array, shape: tuple[int, int], reduce: Reduce | None = None) -> None:
+        self.like = like
+        self.used, self._d = shape
+        self.home: Home = home_of(like)
         self.exact = False
+        self.reduce = reduce
+        self.total_columns = self._d
+        if reduce is not None:
+            ranks, rows, squares, columns = self.summed_numbers(1, self.used, self.used**2, self._d)
+            if ranks * squares != rows**2:
+                msg = (
+                    "gradients must have the same number of rows on every rank, "
+                    f"got {self.used} on this one and {rows / ranks:g} on average"
+                )
+                raise ValueError(msg)
+            self.total_columns = int(columns)
+
+    @abstractmethod
+    def parts(self) -> Iterator[tuple[slice, Array]]:
+        """Yield the parts of G with the columns they cover: arrays of at least ``used`` rows."""
+
+    @abstractmethod
+    def take(self, indices: np.ndarray[Any, Any]) -> Array:
+        """Return columns of G by index as float64 in the home, shape (m, len(indices))."""
+
+    @abstractmethod
+    def read(self, columns: slice) -> Array:
+        """Return consecutive columns of G as float64 in the home."""
+
+    @abstractmethod
+    def stretch(self, start: int, stop: int) -> Rows:
+        """Return rows like these of consecutive columns, without ranks."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, d) of the rows in use."""
-        return self.used, int(self.array.shape[1])
+        return self.used, self._d
 
     @property
     def xp(self) -> Any:
         """The array namespace of the gradients."""
-        return array_namespace(self.array)
+        return array_namespace(self.like)
 
     @property
     def dtype(self) -> Any:
         """The dtype of the gradients."""
-        return self.array.dtype
+        return self.like.dtype
 
     @property
     def device(self) -> Any:
-        """The device of the gradients."""
-        return device(self.array)
+        """The device of the gradients, of their first part where they are on several."""
+        return device(self.like)
 
     @property
     def rounding(self) -> float:
         """Relative rounding error of the products: 0 once they are exact in float64."""
         return 0.0 if self.exact or itemsize(self.dtype) == 8 else FLOAT32_ROUNDING
 
-    def gram(self) -> Array:
-        """G Gᵀ, float64 (m, m)."""
-        gram = ops.gram(self._in_use, exact=self.exact, home=self.home)
-        return gram[: self.used, : self.used]
+    # -- passes ----------------------------------------------------------------------------
 
-    def project(self, x: Array) -> Array:
+    def gram(self, *, exact: bool = False) -> Array:
+        """G Gᵀ, float64 (m, m)."""
+        exact = exact or self.exact
+        total = self.home.zeros((self.used, self.used))
+        for _, part in self.parts():
+            gram = ops.gram(part, exact=exact, home=self.home)
+            total += gram[: self.used, : self.used]
+        return self.summed(total)
+
+    def project(self, x: Columns) -> Array:
         """G x, float64 (m,) or (m, k); in float64 products when x is float64."""
-        exact = self.exact or itemsize(x.dtype) == 8
-        return ops.project(self._in_use, x, exact=exact, home=self.home)[: self.used, ...]
+        first = x[0] if isinstance(x, list) else x
+        exact = self.exact or itemsize(first.dtype) == 8
+        total = self.home.zeros((self.used, *first.shape[1:]))
+        for i, (columns, part) in enumerate(self.parts()):
+            piece = _piece(x, i, columns, part)
+            total += ops.project(part, piece, exact=exact, home=self.home)[: self.used, ...]
+        return self.summed(total)
 
     def combine(
         self,
         c: Array,
-        base: Array | None,
+        base: Columns | None,
         alpha: float,
         *,
         dtype: Any,
         exact: bool | None = None,
-    ) -> Array:
+    ) -> Columns:
         """alpha·base + Gᵀc in the gradients' library as ``dtype``, (d,) or (d, k)."""
         exact = (self.exact if exact is None else exact) or itemsize(dtype) == 8
         return self._combine(c, base, alpha, dtype, exact)
 
-    def combine_wide(self, c: Array, base: Array | None, alpha: float) -> Array:
+    def combine_wide(self, c: Array, base: Columns | None, alpha: float) -> Columns:
         """alpha·base + Gᵀc as float64, in NumPy where the gradients' library lacks it."""
         return self._combine(c, base, alpha, None, True)
 
     def _combine(
-        self, c: Array, base: Array | None, alpha: float, dtype: Any, exact: bool
-    ) -> Array:
-        rows = self._in_use
-        if unused := rows.shape[0] - self.used:
-            c = xpx.pad(c, [(0, unused), *[(0, 0)] * (c.ndim - 1)], xp=self.home.xp)
-        return ops.combine(rows, c, base, alpha, dtype=dtype, exact=exact)
+        self, c: Array, base: Columns | None, alpha: float, dtype: Any, exact: bool
+    ) -> Columns:
+        pieces = []
+        for i, (columns, part) in enumerate(self.parts()):
+            if unused := part.shape[0] - c.shape[0]:
+                c = xpx.pad(c, [(0, unused), *[(0, 0)] * (c.ndim - 1)], xp=self.home.xp)
+            piece = None if base is None else _piece(base, i, columns, part)
+            pieces.append(ops.combine(part, c, piece, alpha, dtype=dtype, exact=exact))
+        return pieces if isinstance(base, list) else joined(pieces)
 
-    @property
-    def _in_use(self) -> Array:
-        """The rows in use, and the empty ones too where taking a part would be a copy."""
-        if self.used == self.array.shape[0] or is_jax_array(self.array):
-            return self.array
-        return self.array[: self.used, :]
+    def square_norms(self, x: Columns) -> np.ndarray[Any, Any]:
+        """‖x‖² of a vector or of each column, summed in float64 over parts and ranks."""
+        pieces = x if isinstance(x, list) else [x]
+        total = np.asarray(sum(ops.square_norms(piece) for piece in pieces))
+        return total if self.reduce is None else np.asarray(self.reduce(total.copy()))
 
-    def write(self, i: int, row: Array) -> None:
-        """Set row i, and use it from now on."""
-        self.used = max(self.used, i + 1)
-        self.array = ops.write(self.array, i, row)
+    def shared_normal(self, z: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Make one standard normal array that is the same on all ranks of one from each."""
+        if self.reduce is None:
+            return z
+        ranks = self.summed_numbers(1.0)[0]
+        total = np.asarray(self.reduce(z.copy()))
+        if self.anywhere(ranks > 1 and np.allclose(total, ranks * z, rtol=1e-9)):
+            msg = "rng must differ from rank to rank; seed it with the rank's number as well"
+            raise ValueError(msg)
+        shared: np.ndarray[Any, Any] = total / np.sqrt(ranks)
+        return shared
 
-    def wide_blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Yield the columns of G block by block as float64 in the home."""
-        for columns, block in ops.wide_blocks(self._in_use, self.home):
-            yield columns, block[: self.used, :]
+    def wide_blocks(self) -> Iterator[tuple[Home, Array]]:
+        """Yield the columns of G block by block as float64, in the home of their part."""
+        for _, part in self.parts():
+            home = home_of(part)
+            for _, block in ops.wide_blocks(part, home):
+                yield home, block[: self.used, :]
 
     def nonfinite(self) -> list[int]:
-        """Return the indices of rows that hold a NaN or an infinity."""
-        xp = self.xp
-        m = self.shape[0]
-        return [i for i in range(m) if not bool(xp.all(xp.isfinite(self.array[i, :])))]
+        """Return the indices of rows that hold a NaN or an infinity, on any rank."""
+        found = np.zeros(self.used)
+        for _, part in self.parts():
+            xp = array_namespace(part)
+            for columns in ops.column_slices(part.shape[1], ops.wide_columns(part.shape[0])):
+                finite = xp.all(xp.isfinite(part[:, columns]), axis=1)
+                found += ~to_numpy(finite)[: self.used]
+        if self.reduce is not None:
+            found = self.reduce(found)
+        return [int(i) for i in np.flatnonzero(found)]
+
+    # -- ranks -----------------------------------------------------------------------------
+
+    def summed(self, x: Array) -> Array:
+        """Sum an m-sized float64 array over ranks."""
+        if self.reduce is None:
+            return x
+        total = np.asarray(self.reduce(np.array(to_numpy(x), dtype=np.float64)))
+        if total.shape != tuple(x.shape):
+            msg = (
+                f"reduce must return the sum over ranks, of shape {tuple(x.shape)}, "
+                f"got {type(total).__name__} of shape {total.shape}"
+            )
+            raise ValueError(msg)
+        return self.home.receive(total)
+
+    def summed_numbers(self, *numbers: float) -> list[float]:
+        """Sum numbers over ranks."""
+        if self.reduce is None:
+            return list(numbers)
+        return [float(x) for x in self.reduce(np.array(numbers, dtype=np.float64))]
+
+    def anywhere(self, condition: bool) -> bool:
+        """Whether a condition holds on any rank: all of them then act on it."""
+        return self.summed_numbers(float(condition))[0] > 0.0
+
+
+def _piece(x: Columns, i: int, columns: slice, part: Array) -> Array:
+    """Return what of x belongs to the columns of part i, beside it."""
+    if isinstance(x, list):
+        return x[i]
+    if columns == slice(None):
+        return x
+    piece = x[columns, ...]
+    return piece if is_jax_array(piece) else to_device(piece, device(part))
+
+
+def joined(pieces: list[Array]) -> Array:
+    """Return pieces of a d-sized array as one, on the device of the first."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if not is_jax_array(pieces[0]):
+        pieces = [to_device(piece, device(pieces[0])) for piece in pieces]
+    return array_namespace(pieces[0]).concat(pieces, axis=0)

@@ -56,6 +56,7 @@ def load(window: SlidingInverseFisher, state: Mapping[str, Any]) -> SlidingInver
             xp=xp,
             device=device,
             normalization=str(state["normalization"]),
+            reduce=window._reduce,
         )
         if "gradients" in state:
             if not new._allocated:

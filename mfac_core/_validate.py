@@ -17,6 +17,7 @@ from mfac_core._arrays import (
     is_jax_array,
     is_numpy_array,
     is_torch_array,
+    to_numpy,
 )
 
 
@@ -48,19 +49,45 @@ def array_argument(x: Any, name: str) -> Array:
     return x
 
 
-def gradients_argument(gradients: Any) -> Array:
+def gradients_argument(gradients: Any, name: str = "gradients") -> Array:
     """Check an (m, d) array of gradients; finiteness is checked where they are first read."""
-    g = array_argument(gradients, "gradients")
-    if g.ndim != 2:
+    g = array_argument(gradients, name)
+    gradients_shape(g.shape, name)
+    return g
+
+
+def gradients_shape(shape: tuple[int, ...], name: str) -> None:
+    """Check that a shape is (m, d), with something in it."""
+    if len(shape) != 2:
         msg = (
-            f"gradients must have shape (m, d), one gradient per row, got shape {tuple(g.shape)}; "
+            f"{name} must have shape (m, d), one gradient per row, got shape {tuple(shape)}; "
             "for a single gradient g pass g[None, :]"
         )
         raise ValueError(msg)
-    if g.shape[0] < 1 or g.shape[1] < 1:
-        msg = f"gradients must have at least one row and one column, got shape {tuple(g.shape)}"
+    if shape[0] < 1 or shape[1] < 1:
+        msg = f"{name} must have at least one row and one column, got shape {tuple(shape)}"
         raise ValueError(msg)
-    return g
+
+
+def sliceable_argument(source: Any) -> None:
+    """Check gradients that are not an array but can be read by slices."""
+    gradients_shape(tuple(source.shape), "gradients")
+    try:
+        is_real = np.dtype(source.dtype) in (np.float16, np.float32, np.float64)
+    except TypeError:
+        is_real = False
+    if not is_real:
+        msg = f"gradients must be of dtype float16, float32 or float64, got {source.dtype}"
+        raise TypeError(msg)
+
+
+def nonfinite_message(rows: list[int], m: int) -> str:
+    """Say which of m gradients hold a NaN or an infinity."""
+    which = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+    return (
+        f"gradients must be finite, got NaN or infinity in {len(rows)} of {m} rows, "
+        f"at index {which}; drop those rows"
+    )
 
 
 def beside(x: Array, name: str, like: Array) -> None:
@@ -100,8 +127,21 @@ def positive_number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         msg = f"{name} must be a positive number, got {value!r}"
         raise TypeError(msg) from None
-    if not (math.isfinite(number) and number > 0.0):
+    if not 0.0 < number < math.inf:
         msg = f"{name} must be finite and positive, got {number!r}"
+        raise ValueError(msg)
+    return number
+
+
+def finite_number(value: Any, name: str) -> float:
+    """Return ``value`` as a finite float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        msg = f"{name} must be a number, got {value!r}"
+        raise TypeError(msg) from None
+    if not math.isfinite(number):
+        msg = f"{name} must be finite, got {number!r}"
         raise ValueError(msg)
     return number
 
@@ -131,3 +171,23 @@ def index(value: Any, name: str, length: int) -> int:
         msg = f"{name} {position} is out of range; the window holds {held}"
         raise IndexError(msg)
     return position % length
+
+
+def indices(
+    value: Any, name: str, length: int, *, ndim: tuple[int, ...] | None = None
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return positions in ``range(length)`` as NumPy; negative values count from the end."""
+    array = to_numpy(value) if is_array_api_obj(value) else np.asarray(value)
+    if array.size == 0 and not is_array_api_obj(value):
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        msg = f"{name} must be integers, got dtype {array.dtype}"
+        raise TypeError(msg)
+    if ndim is not None and array.ndim not in ndim:
+        msg = f"{name} must have {ndim[0]} dimensions, got shape {array.shape}"
+        raise ValueError(msg)
+    outside = (array < -length) | (array >= length)
+    if outside.any():
+        msg = f"{name} {int(array[outside].flat[0])} is out of range for {length} parameters"
+        raise IndexError(msg)
+    return np.where(array < 0, array + length, array).astype(np.int64)

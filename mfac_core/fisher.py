@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, promote, send
-from mfac_core._operator import SymmetricOperator
-from mfac_core._rows import Rows
+from mfac_core._arrays import Array
+from mfac_core._lowrank import LowRankOperator
+from mfac_core._rows import Reduce, Rows
+from mfac_core._storage import rows_of
 
 if TYPE_CHECKING:
+    from mfac_core.blocked import BlockInverseFisher
     from mfac_core.static import InverseFisher
 
 
-class EmpiricalFisher(SymmetricOperator):
+class EmpiricalFisher(LowRankOperator):
     """The damped empirical Fisher matrix F = λI + GᵀG/m as an operator.
 
     Parameters
     ----------
-    gradients : array, shape (m, d)
-        One gradient per row: m gradients of d parameters. Held, not copied, and never written to.
+    gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
+        One gradient per row, real floating: an array of any array-API library; or several,
+        side by side, on one device or on several; or anything with ``shape``, ``dtype`` and
+        ``[:, a:b]``, such as a numpy.memmap, an h5py dataset or a zarr array, which is read in
+        slices. Held, not copied, and never written to; do not change it meanwhile.
     damping : float
         λ > 0.
+    reduce : callable, optional
+        For gradients whose columns are spread over ranks, each rank holding (m, d_rank) of them:
+        takes a small float64 NumPy array and returns its sum over ranks. All ranks then make the
+        same calls; vectors, diagonals and indices are those of the rank's own columns.
+    progress : bool, default False
+        Show a bar during passes over the gradients, where tqdm is installed.
 
     Attributes
     ----------
-    gradients : array, shape (m, d)
+    gradients : array, sequence of arrays, or sliceable
         As given.
     damping : float
         λ.
@@ -57,57 +71,86 @@ class EmpiricalFisher(SymmetricOperator):
     array([1., 2.])
     """
 
-    def __init__(self, gradients: Array, *, damping: float) -> None:
-        self.gradients = check.gradients_argument(gradients)
-        self.damping = check.positive_number(damping, "damping")
-        self._rows = Rows(self.gradients)
+    def __init__(
+        self,
+        gradients: Any,
+        *,
+        damping: float,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.gradients = gradients
+        self._damping = check.positive_number(damping, "damping")
+        self._rows = rows_of(gradients, reduce=reduce, progress=progress)
+        self._reduce, self._progress = reduce, progress
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (self._rows.shape[1],) * 2
+    def damping(self) -> float:
+        """λ."""
+        return self._damping
 
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the gradients."""
-        return self._rows.dtype
-
-    @property
-    def device(self) -> Any:
-        """The device of the gradients."""
-        return self._rows.device
-
-    def inverse(self) -> InverseFisher:
+    @overload
+    def inverse(self) -> InverseFisher: ...
+    @overload
+    def inverse(self, block_size: int | Sequence[int]) -> BlockInverseFisher: ...
+    def inverse(
+        self, block_size: int | Sequence[int] | None = None
+    ) -> InverseFisher | BlockInverseFisher:
         """Return F⁻¹, factored once for many products.
 
+        Parameters
+        ----------
+        block_size : int or sequence of int, optional
+            Invert the diagonal blocks of F of these lengths instead of the whole of it.
+
         Returns
         -------
-        InverseFisher
+        InverseFisher or BlockInverseFisher
             The inverse, over the same gradients.
         """
+        from mfac_core.blocked import BlockInverseFisher
         from mfac_core.static import InverseFisher
 
-        return InverseFisher(self.gradients, damping=self.damping)
+        if block_size is None:
+            return InverseFisher(
+                self.gradients,
+                damping=self.damping,
+                reduce=self._reduce,
+                progress=self._progress,
+            )
+        return BlockInverseFisher(
+            self.gradients,
+            damping=self.damping,
+            block_size=block_size,
+            reduce=self._reduce,
+            progress=self._progress,
+        )
 
-    def diagonal(self) -> Array:
-        """Return λ + Σᵢ gᵢ²/m, shape (d,); one pass over G.
+    def logdet(self) -> float:
+        """Return log det F = d log λ + Σᵢ log(1 + sᵢ/(mλ)), sᵢ the eigenvalues of GGᵀ.
 
         Returns
         -------
-        array, shape (d,)
-            In the gradients' dtype.
+        float
+            The logarithm of the determinant.
+
+        Notes
+        -----
+        d·m² multiplications for the Gram GGᵀ, and O(m³).
         """
-        xp = self._rows.home.xp
-        m = self._rows.shape[0]
-        parts = [
-            self.damping + xp.sum(block * block, axis=0) / m
-            for _, block in self._rows.wide_blocks()
-        ]
-        return send(xp.concat(parts), self.gradients, self.dtype)
+        return self.power(1.0).logdet()
 
-    def _apply(self, x: Array, refine: int) -> Array:
-        c = self._rows.project(x) / self._rows.shape[0]
-        return self._rows.combine(c, x, self.damping, dtype=promote(x, self.dtype))
+    _exponent = 1.0
 
-    def _like(self) -> Array:
-        return self._rows.array
+    @property
+    def _alpha(self) -> float:
+        return self._damping
+
+    def _middle(self, b: Array) -> Array:
+        return b / self._divisor
+
+    def _frozen(self) -> tuple[Rows, Array]:
+        return self._rows, self._rows.gram(exact=True)
+
+    def _sample(self, n: int, rng: np.random.Generator) -> Array:
+        return self._fisher_sample(n, rng)

@@ -9,11 +9,11 @@ import numpy as np
 
 from mfac_core import _state
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, device, home_of
+from mfac_core._arrays import Array, array_namespace, device
 from mfac_core._dual import Dual
 from mfac_core._inverse import DampedInverse
-from mfac_core._ops import rows as ops
-from mfac_core._rows import Rows
+from mfac_core._rows import Reduce, Rows
+from mfac_core._storage import ArrayRows
 
 LARGEST_CANCELLATION = 128.0
 """Terms of Gᵀc relative to their sum above which it is summed in float64."""
@@ -38,6 +38,10 @@ class SlidingInverseFisher(DampedInverse):
     normalization : {"count", "window"}, default "count"
         What n is: the number of gradients held, or ``window_size`` from the first step on, which
         is what the authors' code does and makes the first steps up to m times longer.
+    reduce : callable, optional
+        For a window whose columns are spread over ranks, ``num_params`` of them on this one:
+        takes a small float64 NumPy array and returns its sum over ranks. All ranks then make the
+        same calls; what is refused on one is refused on all.
 
     Attributes
     ----------
@@ -79,6 +83,7 @@ class SlidingInverseFisher(DampedInverse):
     array([0.        , 0.42857143])
     """
 
+    _rows: ArrayRows
     _largest_rounding = 2.0**-14  # every step would pay for float64 passes
 
     def __init__(
@@ -91,6 +96,7 @@ class SlidingInverseFisher(DampedInverse):
         xp: Any = None,
         device: Any = None,
         normalization: str = "count",
+        reduce: Reduce | None = None,
     ) -> None:
         self.num_params = check.integer(num_params, "num_params", minimum=1)
         self.window_size = check.integer(window_size, "window_size", minimum=1)
@@ -99,6 +105,7 @@ class SlidingInverseFisher(DampedInverse):
             msg = f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}"
             raise ValueError(msg)
         self.normalization = normalization
+        self._reduce = reduce
         if device is not None and xp is None:
             msg = "device needs xp, the array namespace it belongs to; give both or neither"
             raise ValueError(msg)
@@ -138,6 +145,18 @@ class SlidingInverseFisher(DampedInverse):
     def damping(self, value: float) -> None:
         self._damping = check.positive_number(value, "damping")
         self._reshift()
+
+    @property
+    def gram(self) -> Array:
+        """G Gᵀ of the gradients held, oldest first, shape (len, len), float64: a copy."""
+        xp, home = self._rows.home.xp, self._rows.home
+        slots = xp.asarray(np.asarray(self._slots, dtype=np.int64), device=home.device)
+        return xp.take(xp.take(self._dual.gram, slots, axis=0), slots, axis=1)
+
+    @property
+    def dual(self) -> Array:
+        """A = nλI + GGᵀ of the gradients held, oldest first, float64: a copy."""
+        return self.gram + self._shift * self._rows.home.eye(len(self))
 
     @property
     def gradients(self) -> Array:
@@ -257,17 +276,26 @@ class SlidingInverseFisher(DampedInverse):
             return x / self._damping
         return super()._apply(x, refine)
 
-    def _diagonal(self) -> tuple[Array, float]:
+    def _diagonal(self) -> Array:
         if not len(self):
-            home = self._rows.home
-            return home.zeros(self.num_params) + 1.0 / self._damping, 1.0
+            return np.full(self.num_params, 1.0 / self._damping)
         return super()._diagonal()
 
-    def _product(self, x: Array, name: str, ndim: tuple[int, ...], refine: int = 0) -> Array:
+    def _quadratic(self, x: Any) -> Array:
+        if not len(self):
+            return self._rows.square_norms(x) / self._damping
+        return super()._quadratic(x)
+
+    def _checked_columns(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
         if not self._allocated and self._given[0] is None:  # the identity/λ of any library
-            x = check.vector_argument(x, name, self.num_params, ndim=ndim)
-            return self._apply(x, refine)
-        return super()._product(x, name, ndim, refine)
+            return check.vector_argument(x, name, self.num_params, ndim=ndim)
+        return super()._checked_columns(x, name, ndim)
+
+    def _frozen(self) -> tuple[Rows, Array]:
+        self._settle()
+        ring = self._rows
+        copy = ring.xp.asarray(ring.array[: ring.used, :], copy=True)
+        return ArrayRows(copy, reduce=ring.reduce), self._dual.gram
 
     @property
     def _divisor(self) -> int:
@@ -319,7 +347,7 @@ class SlidingInverseFisher(DampedInverse):
         if g.dtype != dtype:
             with np.errstate(over="ignore"):  # an overflow is refused below, by name
                 g = array_namespace(g).astype(g, dtype)
-        norm2 = ops.square_norm(g, home_of(g))
+        norm2 = float(self._rows.square_norms(g))
         if not np.isfinite(norm2):
             msg = (
                 f"g must be finite in the window's dtype {dtype}, with a squared norm within "
@@ -341,7 +369,7 @@ class SlidingInverseFisher(DampedInverse):
 
     def _hold(self, ring: Array) -> None:
         """Start with no gradients in the rows of ``ring``."""
-        self._rows = Rows(ring, used=0)
+        self._rows = ArrayRows(ring, used=0, reduce=self._reduce)
         self._slots: list[int] = []  # rows of the ring, oldest gradient first
         self._dual = Dual(self._rows.home.zeros((0, 0)), self._shift, self._rows.home)
         self._exact_steps = 0  # exchanges since the last look whether float32 would do

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import numpy as np
 
 from mfac_core import _traced
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, is_traced
+from mfac_core._arrays import Array, array_namespace, is_traced, send, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._inverse import DampedInverse
-from mfac_core._rows import Rows
+from mfac_core._operator import Indices
+from mfac_core._rows import Reduce, Rows
+from mfac_core._storage import ArrayRows, rows_of
 
 
 class InverseFisher(DampedInverse):
@@ -20,15 +24,26 @@ class InverseFisher(DampedInverse):
 
     Parameters
     ----------
-    gradients : array, shape (m, d)
-        One gradient per row, of any array-API library, real floating. Held, not copied, and
-        never written to; do not change it while the operator is in use.
+    gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
+        One gradient per row, real floating: an array of any array-API library; or several,
+        side by side, on one device or on several; or anything with ``shape``, ``dtype`` and
+        ``[:, a:b]``, such as a numpy.memmap, an h5py dataset or a zarr array, which is read in
+        slices. Held, not copied, and never written to; do not change it meanwhile.
     damping : float
         λ > 0.
+    reduce : callable, optional
+        For gradients whose columns are spread over ranks, each rank holding (m, d_rank) of them:
+        takes a small float64 NumPy array and returns its sum over ranks. All ranks then make the
+        same calls; vectors, diagonals and indices are those of the rank's own columns.
+    progress : bool, default False
+        Show a bar during passes over the gradients, where tqdm is installed.
+    store_whitened : bool, default False
+        Keep W = L⁻¹G (m × d, as large as the gradients), A = L Lᵀ, so that an element of F⁻¹
+        costs O(m) instead of O(m²).
 
     Attributes
     ----------
-    gradients : array, shape (m, d)
+    gradients : array, sequence of arrays, or sliceable
         As given.
     damping : float
         λ.
@@ -69,15 +84,114 @@ class InverseFisher(DampedInverse):
 
     _largest_rounding = 2.0**-17  # the Gram is computed once: float64 costs little
 
-    def __init__(self, gradients: Array, *, damping: float) -> None:
-        self.gradients = check.gradients_argument(gradients)
+    def __init__(
+        self,
+        gradients: Any,
+        *,
+        damping: float,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+        store_whitened: bool = False,
+    ) -> None:
         self._damping = check.positive_number(damping, "damping")
-        self._rows = Rows(self.gradients)
-        gram = self._finite_gram()
-        self._dual = Dual(gram, self._divisor * self._damping, self._rows.home)
-        self._checked = False
+        self.gradients = gradients
+        self._start(rows_of(gradients, reduce=reduce, progress=progress), None)
+        if store_whitened:
+            self._store_whitened()
+
+    @classmethod
+    def from_gram(
+        cls,
+        gradients: Any,
+        gram: Any,
+        *,
+        damping: float,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Make the operator from a Gram matrix that is already known.
+
+        For gradients that arrived in a stream, and for one set of gradients under many dampings.
+
+        Parameters
+        ----------
+        gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
+            See the class. Read by later queries only.
+        gram : array, shape (m, m)
+            G Gᵀ, such as :attr:`gram` of another operator; summed over ranks, if there are any.
+        damping : float
+            λ > 0.
+        reduce : callable, optional
+            See the class.
+        progress : bool, default False
+            See the class.
+
+        Returns
+        -------
+        InverseFisher
+            As if made from the gradients alone, but for the accuracy of the Gram, which is taken
+            as it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See the class; and if ``gram`` is not a finite matrix of shape (m, m).
+        """
+        operator = cls.__new__(cls)
+        operator._damping = check.positive_number(damping, "damping")
+        rows = rows_of(gradients, reduce=reduce, progress=progress)
+        gram = rows.home.receive(check.array_argument(gram, "gram"))
+        m = rows.shape[0]
+        if tuple(gram.shape) != (m, m) or not bool(rows.home.xp.all(rows.home.xp.isfinite(gram))):
+            msg = f"gram must be a finite matrix of shape {(m, m)}, got shape {tuple(gram.shape)}"
+            raise ValueError(msg)
+        operator.gradients = gradients
+        operator._start(rows, rows.home.xp.asarray(gram, copy=True))
+        return operator
+
+    @classmethod
+    def _of_rows(cls, rows: Rows, damping: float) -> Self:
+        operator = cls.__new__(cls)
+        operator._damping = damping
+        operator._start(rows, None)
+        return operator
+
+    def _start(self, rows: Rows, gram: Array | None) -> None:
+        self._rows = rows
+        self._whitened: Rows | None = None
+        self._checked = gram is not None
+        if gram is None:
+            gram = self._finite_gram()
+        self._dual = Dual(gram, self._divisor * self._damping, rows.home)
         self._settle()
         self._dual.factor()
+
+    @property
+    def gram(self) -> Array:
+        """G Gᵀ, shape (m, m), float64: a copy."""
+        return self._rows.home.xp.asarray(self._dual.gram, copy=True)
+
+    @property
+    def dual(self) -> Array:
+        """A = mλI + GGᵀ, shape (m, m), float64: a copy."""
+        return self._dual.matrix()
+
+    def _store_whitened(self) -> None:
+        like = self._like()
+        blocks = []
+        for home, block in self._rows.wide_blocks():
+            blocks.append(send(self._dual.whiten(block, home), like, self.dtype))
+        self._whitened = ArrayRows(array_namespace(like).concat(blocks, axis=1))
+
+    def _entries(self, rows: Indices, cols: Indices) -> Array:
+        if self._whitened is None:
+            return super()._entries(rows, cols)
+        products = self._whitened.take(rows) * self._whitened.take(cols)
+        inner = to_numpy(self._rows.home.xp.sum(products, axis=0))
+        return ((rows == cols) - inner) / self._damping
+
+    def _frozen(self) -> tuple[Rows, Array]:
+        return self._rows, self._dual.gram
 
     def _finite_gram(self) -> Array:
         xp = self._rows.home.xp
@@ -86,11 +200,7 @@ class InverseFisher(DampedInverse):
         if bool(xp.all(xp.isfinite(gram))):
             return gram
         if rows := self._rows.nonfinite():
-            which = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            msg = (
-                f"gradients must be finite, got NaN or infinity in {len(rows)} of "
-                f"{self._divisor} rows, at index {which}; drop those rows"
-            )
+            msg = check.nonfinite_message(rows, self._divisor)
             raise ValueError(msg)
         self._rows.exact = True  # finite rows whose products overflow float32
         with np.errstate(over="ignore", invalid="ignore"):

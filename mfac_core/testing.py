@@ -254,7 +254,7 @@ def error_bound(
     Returns
     -------
     float
-        (4 + √m)·κ(F)·ε, where κ(F) ≤ (λ + tr(GᵀG)/n)/λ is F's condition number and ε the spacing
+        (8 + √m)·κ(F)·ε, where κ(F) ≤ (λ + tr(GᵀG)/n)/λ is F's condition number and ε the spacing
         of 1 in ``dtype``. To be compared with ‖y − F⁻¹x‖/‖F⁻¹x‖.
 
     Notes
@@ -269,13 +269,13 @@ def error_bound(
     >>> from mfac_core.testing import error_bound
     >>> bound = error_bound(np.array([[0.0, 2.0]]), damping=1.0)
     >>> round(bound / np.finfo(float).eps)
-    25
+    45
     """
     g = _wide(gradients)
     n = len(g) if divisor is None else divisor
     spacing = _spacing(gradients if dtype is None else np.empty(0, dtype))
     condition = 1.0 + float(np.sum(g * g)) / (n * damping)
-    return float((4 + len(g) ** 0.5) * condition * spacing)
+    return float((8 + len(g) ** 0.5) * condition * spacing)
 
 
 def assert_operator_close(
@@ -284,7 +284,9 @@ def assert_operator_close(
     """Assert that an operator is a given matrix, whatever way it is asked.
 
     Compares products with a vector and with columns from both sides, ``@``, the transpose, the
-    diagonal, ``to_dense`` and ``to_scipy``, and checks shapes and the array library of results.
+    diagonal, elements, columns, submatrices, quadratic forms, the log-determinant, the square
+    root and the inverse, ``to_dense`` and ``to_scipy``; checks shapes, dtypes and the array
+    library of results.
 
     Parameters
     ----------
@@ -320,6 +322,13 @@ def assert_operator_close(
     columns = send(rng.standard_normal((d, 3)), like, operator.dtype)
     x, columns64 = _wide(vector), _wide(columns)
 
+    rows, cols = rng.integers(-d, d, (2, 4)), rng.integers(-d, d, 4)
+    indices = rng.integers(-d, d, 5)
+    j = int(rng.integers(d))
+    values, vectors = np.linalg.eigh(dense)
+    root, inverse = ((vectors * values**p) @ vectors.T for p in (0.5, -1.0))
+    quadratics = np.sum(columns64 * (dense @ columns64), axis=0)
+
     results = {
         "matvec": (operator.matvec(vector), dense @ x),
         "rmatvec": (operator.rmatvec(vector), dense.T @ x),
@@ -330,8 +339,26 @@ def assert_operator_close(
         "operator.T @ vector": (operator.T @ vector, dense.T @ x),
         "operator.H @ vector": (operator.H @ vector, dense.T @ x),
         "diagonal": (operator.diagonal(), np.diagonal(dense)),
+        "column": (operator.column(j), dense[:, j]),
+        "quadratic of columns": (operator.quadratic(columns), quadratics),
+        "power(0.5) @ vector": (operator.power(0.5) @ vector, root @ x),
+        "power(-1) @ vector": (operator.power(-1) @ vector, inverse @ x),
         "to_dense": (operator.to_dense(), dense),
     }
+    elements = {
+        "entries": (operator.entries(rows, cols), dense[rows, cols]),
+        "submatrix": (operator.submatrix(indices), dense[np.ix_(indices, indices)]),
+    }
+    largest = np.abs(dense).max()
+    for name, (result, expected) in elements.items():
+        error = np.abs(_wide(result) - expected).max() / largest
+        assert error <= rtol, f"{name} is off by {error:.2e} of the largest; allowed: {rtol:.2e}"
+    logs = np.log(values)
+    error, allowed = abs(operator.logdet() - np.sum(logs)), rtol * np.sum(1.0 + np.abs(logs))
+    assert error <= allowed, f"logdet is off by {error:.2e}; allowed were {allowed:.2e}"
+    _assert_close("quadratic", np.asarray(operator.quadratic(vector)), x @ dense @ x, rtol)
+    assert operator.sample(2, rng).shape == (2, d)
+
     for name, (result, expected) in results.items():
         assert array_namespace(result) is array_namespace(like), (
             f"{name} is of {array_namespace(result).__name__}"
@@ -344,8 +371,8 @@ def assert_operator_close(
     _assert_close("to_scipy() @ columns", linear @ columns64, dense @ columns64, rtol)
 
 
-def _assert_close(name: str, actual: NDArray, expected: NDArray, rtol: float) -> None:
-    assert actual.shape == expected.shape, f"{name} has shape {actual.shape}"
+def _assert_close(name: str, actual: NDArray, expected: Any, rtol: float) -> None:
+    assert actual.shape == np.shape(expected), f"{name} has shape {actual.shape}"
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
     assert error <= rtol, f"{name} is off by {error:.2e}, relative; allowed were {rtol:.2e}"
 

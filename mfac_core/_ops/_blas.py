@@ -76,12 +76,3 @@ def combine(
             part += work(alpha) * base[columns].astype(work, copy=False)
         out[columns] = part
     return out
-
-
-def square_norm(g: NDArray, *, width: int) -> float:
-    """See :func:`mfac_core._ops.rows.square_norm`."""
-    total = 0.0
-    for part in column_slices(g.shape[0], width):
-        block = g[part].astype(np.float64, copy=False)
-        total += float(block @ block)
-    return total

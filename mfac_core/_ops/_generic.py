@@ -86,15 +86,6 @@ def combine(
     return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=0)
 
 
-def square_norm(g: Array, *, width: int, home: Home) -> float:
-    """See :func:`mfac_core._ops.rows.square_norm`."""
-    total = 0.0
-    for part in column_slices(g.shape[0], width):
-        block = home.receive(g[part])
-        total += float(block @ block)
-    return total
-
-
 def write(g: Array, i: int, row: Array) -> Array:
     """See :func:`mfac_core._ops.rows.write`."""
     if is_jax_array(g):

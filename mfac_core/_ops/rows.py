@@ -7,12 +7,16 @@ path, which works through one buffer; other arrays take the array-API path.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from mfac_core._arrays import Array, Home, is_numpy_array
+import numpy as np
+
+from mfac_core._arrays import Array, Home, home_of, is_numpy_array, to_numpy
 from mfac_core._ops import _blas, _generic
-from mfac_core._ops._blocks import column_slices, wide_columns
+from mfac_core._ops._blocks import column_slices as column_slices
+from mfac_core._ops._blocks import wide_columns as wide_columns
 
 
 def gram(g: Array, *, exact: bool, home: Home) -> Array:
@@ -50,12 +54,17 @@ def wide_blocks(g: Array, home: Home) -> Iterator[tuple[slice, Array]]:
         yield columns, home.receive(g[:, columns])
 
 
-def square_norm(g: Array, home: Home) -> float:
-    """‖g‖² of one gradient (d,), summed in float64; not finite when the gradient is not."""
-    width = wide_columns(1)
-    if is_numpy_array(g):
-        return _blas.square_norm(g, width=width)
-    return _generic.square_norm(g, width=width, home=home)
+def square_norms(x: Array) -> np.ndarray[Any, Any]:
+    """‖x‖² of a vector (d,) or of each column of (d, k), summed in float64; one read of x.
+
+    Not finite when x is not.
+    """
+    home = home_of(x)
+    total = home.zeros(x.shape[1:])
+    for part in column_slices(x.shape[0], wide_columns(math.prod(x.shape[1:]))):
+        block = home.receive(x[part, ...])
+        total = total + (block @ block if x.ndim == 1 else home.xp.sum(block * block, axis=0))
+    return to_numpy(total)
 
 
 def write(g: Array, i: int, row: Array) -> Array:

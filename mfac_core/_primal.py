@@ -1,0 +1,143 @@
+"""Many short diagonal blocks of F inverted at once, each as the B × B matrix that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mfac_core import _validate as check
+from mfac_core._arrays import Array, home_of, promote, send, to_numpy
+from mfac_core._operator import Indices, SymmetricOperator
+from mfac_core._rows import Rows
+
+BATCH_BYTES = 1 << 24
+"""Size of the float64 gradients, and of the matrices, that are worked on at a time."""
+
+
+class PrimalBlocks(SymmetricOperator):
+    """op = diag(M₁, M₂, …) with symmetric positive definite Mₖ of one size B, in float64.
+
+    Parameters
+    ----------
+    matrices : array, shape (blocks, B, B)
+        The blocks, in the home of ``like``.
+    like : array
+        Any array of the gradients' library, dtype and device.
+    """
+
+    def __init__(self, matrices: Array, like: Array) -> None:
+        self._matrices = matrices
+        self._array = like
+        self._home = home_of(like)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, d)."""
+        blocks, size, _ = self._matrices.shape
+        return (int(blocks * size),) * 2
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the gradients."""
+        return self._array.dtype
+
+    @property
+    def device(self) -> Any:
+        """The device of the gradients."""
+        return self._array.device
+
+    def logdet(self) -> float:
+        """Return the sum of the blocks' log-determinants.
+
+        Returns
+        -------
+        float
+            The logarithm of the determinant.
+        """
+        xp = self._home.xp
+        return sum(float(xp.sum(xp.linalg.slogdet(b)[1])) for b in _batches(self._matrices))
+
+    def power(self, p: float) -> PrimalBlocks:
+        """Return the blocks' powers, by their eigenvalues.
+
+        Parameters
+        ----------
+        p : float
+            Any real number.
+
+        Returns
+        -------
+        PrimalBlocks
+            The power.
+        """
+        parts = []
+        for batch in _batches(self._matrices):
+            values, vectors = self._home.xp.linalg.eigh(batch)
+            parts.append((vectors * (values**p)[:, None, :]) @ _transposed(vectors))
+        return PrimalBlocks(self._home.xp.concat(parts), self._array)
+
+    def _like(self) -> Array:
+        return self._array
+
+    def _apply(self, x: Any, refine: int) -> Array:
+        blocks, size, _ = self._matrices.shape
+        xp = self._home.xp
+        columns = xp.reshape(self._home.receive(x), (blocks, size, -1))
+        product = xp.reshape(self._matrices @ columns, tuple(x.shape))
+        return send(product, x, promote(x, self.dtype))
+
+    def _diagonal(self) -> Array:
+        xp = self._home.xp
+        return xp.reshape(xp.linalg.diagonal(self._matrices), (-1,))
+
+    def _entries(self, rows: Indices, cols: Indices) -> Array:
+        size = int(self._matrices.shape[1])
+        same = rows // size == cols // size
+        matrices = to_numpy(self._matrices)
+        return np.where(same, matrices[rows // size, rows % size, cols % size], 0.0)
+
+    def _submatrix(self, indices: Indices) -> Array:
+        rows, cols = np.broadcast_arrays(indices[:, None], indices)
+        return self._entries(rows, cols)
+
+    def _quadratic(self, x: Any) -> Array:
+        wide = self._home.receive(x)
+        product = self._home.receive(self._apply(wide if self._home.is_numpy else x, 0))
+        return to_numpy(self._home.xp.sum(wide * product, axis=0))
+
+    def _sample(self, n: int, rng: np.random.Generator) -> Array:
+        return self.power(0.5)._apply(self._normal(n, rng), 0)
+
+
+def invert_blocks(rows: Rows, start: int, size: int, blocks: int, damping: float) -> PrimalBlocks:
+    """Return the inverses of λI + G_bᵀG_b/m for consecutive blocks of ``size`` columns.
+
+    Batches of blocks at a time; d·B·(m + B) multiplications in float64.
+    """
+    home, m = rows.home, rows.shape[0]
+    inverses = home.xp.empty((blocks, size, size), dtype=home.xp.float64, device=home.device)
+    batch = max(BATCH_BYTES // (8 * size * max(m, size)), 1)
+    for first in range(0, blocks, batch):
+        last = min(first + batch, blocks)
+        gradients = rows.read(slice(start + first * size, start + last * size))
+        split = home.xp.permute_dims(home.xp.reshape(gradients, (m, -1, size)), (1, 2, 0))
+        fisher = split @ _transposed(split) / m + damping * home.eye(size)
+        if not bool(home.xp.all(home.xp.isfinite(fisher))):
+            msg = check.nonfinite_message(rows.nonfinite(), m)
+            raise ValueError(msg)
+        inverse = home.xp.linalg.inv(fisher)
+        inverses[first:last, ...] = (inverse + _transposed(inverse)) / 2
+    return PrimalBlocks(inverses, rows.like)
+
+
+def _batches(matrices: Array) -> Iterator[Array]:
+    blocks, size, _ = matrices.shape
+    width = max(BATCH_BYTES // (8 * size * size), 1)
+    for start in range(0, blocks, width):
+        yield matrices[start : min(start + width, blocks), ...]
+
+
+def _transposed(a: Array) -> Array:
+    return a.mT if hasattr(a, "mT") else a.swapaxes(-1, -2)

@@ -1,0 +1,15 @@
+"""A progress bar where tqdm is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+def track(items: Sequence[Any], label: str) -> Iterator[Any]:
+    """Go through ``items`` behind a bar that disappears when done."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return iter(items)
+    return iter(tqdm(items, desc=label, leave=False))

@@ -1,0 +1,237 @@
+"""Where gradients live: one array, parts side by side, or a file read by slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mfac_core import _validate as check
+from mfac_core._arrays import (
+    Array,
+    array_namespace,
+    device,
+    is_array_api_obj,
+    is_jax_array,
+    itemsize,
+)
+from mfac_core._ops import rows as ops
+from mfac_core._progress import track
+from mfac_core._rows import Reduce, Rows
+
+PART_BYTES = 1 << 25
+"""What is read of a file at a time, and the stride of a progress bar."""
+
+
+class ArrayRows(Rows):
+    """The rows of one array, which may be a ring that is written row by row."""
+
+    def __init__(
+        self,
+        array: Array,
+        used: int | None = None,
+        *,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None:
+        m, d = (int(n) for n in array.shape)
+        super().__init__(array, (m if used is None else used, d), reduce)
+        self.array = array
+        self.progress = progress
+
+    def parts(self) -> Iterator[tuple[slice, Array]]:
+        """Yield the array whole, or in slices that a progress bar can count."""
+        # The unused rows come along where leaving them out would be a copy; they are zero.
+        whole = self.used == self.array.shape[0] or is_jax_array(self.array)
+        array = self.array if whole else self.array[: self.used, :]
+        if not self.progress:
+            yield slice(None), array
+            return
+        for columns in track(slices(array, self.shape), "gradients"):
+            yield columns, array[:, columns]
+
+    def take(self, indices: np.ndarray[Any, Any]) -> Array:
+        """See :meth:`Rows.take`."""
+        return self.home.receive(_take(self.array, indices))[: self.used, :]
+
+    def read(self, columns: slice) -> Array:
+        """See :meth:`Rows.read`."""
+        return self.home.receive(self.array[:, columns])[: self.used, :]
+
+    def stretch(self, start: int, stop: int) -> ArrayRows:
+        """See :meth:`Rows.stretch`."""
+        return ArrayRows(self.array[:, start:stop], self.used, progress=self.progress)
+
+    def write(self, i: int, row: Array) -> None:
+        """Set row i, and use it from now on."""
+        self.used = max(self.used, i + 1)
+        self.array = ops.write(self.array, i, row)
+        self.like = self.array
+
+
+class SplitRows(Rows):
+    """Columns in several arrays of one library, on one device or on several.
+
+    The parts stay where they are; only what is m-sized travels to the home of the first, and the
+    pieces of a vector that is given as one array.
+    """
+
+    def __init__(
+        self, arrays: list[Array], *, reduce: Reduce | None = None, progress: bool = False
+    ) -> None:
+        self._arrays = arrays
+        self._progress = progress
+        stops = np.cumsum([int(array.shape[1]) for array in arrays])
+        self._slices = [
+            slice(int(stop) - int(array.shape[1]), int(stop))
+            for array, stop in zip(arrays, stops, strict=True)
+        ]
+        super().__init__(arrays[0], (int(arrays[0].shape[0]), int(stops[-1])), reduce)
+
+    def parts(self) -> Iterator[tuple[slice, Array]]:
+        """Yield the arrays."""
+        pairs = list(zip(self._slices, self._arrays, strict=True))
+        yield from track(pairs, "gradients") if self._progress else pairs
+
+    def take(self, indices: np.ndarray[Any, Any]) -> Array:
+        """See :meth:`Rows.take`."""
+        result = self.home.zeros((self.used, len(indices)))
+        for columns, array in zip(self._slices, self._arrays, strict=True):
+            here = np.flatnonzero((indices >= columns.start) & (indices < columns.stop))
+            taken = self.home.receive(_take(array, indices[here] - columns.start))
+            for position, k in enumerate(here):
+                result[:, int(k)] = taken[:, position]
+        return result
+
+    def read(self, columns: slice) -> Array:
+        """See :meth:`Rows.read`."""
+        parts = [self.home.receive(array) for array in self._cut(columns)]
+        return self.home.xp.concat(parts, axis=1)
+
+    def stretch(self, start: int, stop: int) -> SplitRows:
+        """See :meth:`Rows.stretch`."""
+        return SplitRows(self._cut(slice(start, stop)), progress=self._progress)
+
+    def _cut(self, columns: slice) -> list[Array]:
+        """Return what of each part lies within ``columns``."""
+        cut = []
+        for own, array in zip(self._slices, self._arrays, strict=True):
+            start, stop = max(own.start, columns.start), min(own.stop, columns.stop)
+            if start < stop:
+                cut.append(array[:, start - own.start : stop - own.start])
+        return cut
+
+    def segments(self, x: Any, name: str) -> list[Array]:
+        """Check a vector or matrix that is given as one piece beside each part."""
+        if len(x) != len(self._arrays):
+            msg = f"{name} must be one array, or one for each of {len(self._arrays)} parts"
+            raise ValueError(msg)
+        pieces: list[Array] = []
+        for i, (piece, array) in enumerate(zip(x, self._arrays, strict=True)):
+            label = f"{name}[{i}]"
+            ndim = (pieces[0].ndim,) if pieces else (1, 2)
+            pieces.append(check.vector_argument(piece, label, array.shape[1], ndim=ndim))
+            check.beside(pieces[-1], label, array)
+        return pieces
+
+
+class SlicedRows(Rows):
+    """Columns read by slices from anything with shape, dtype and ``source[:, a:b]``."""
+
+    def __init__(
+        self,
+        source: Any,
+        columns: slice | None = None,
+        *,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None:
+        m, d = (int(n) for n in source.shape)
+        self._source = source
+        self._columns = slice(0, d) if columns is None else columns
+        self._progress = progress
+        width = self._columns.stop - self._columns.start
+        super().__init__(np.empty((0, 0), dtype=source.dtype), (m, width), reduce)
+
+    def parts(self) -> Iterator[tuple[slice, Array]]:
+        """Read slices, of whole chunks where the source is stored in chunks."""
+        cuts = slices(self.like, self.shape, getattr(self._source, "chunks", None))
+        for columns in track(cuts, "gradients") if self._progress else cuts:
+            yield columns, self._read(columns)
+
+    def take(self, indices: np.ndarray[Any, Any]) -> Array:
+        """See :meth:`Rows.take`."""
+        result = np.empty((self.used, len(indices)))
+        for position, index in enumerate(indices):
+            result[:, position] = self._read(slice(int(index), int(index) + 1))[:, 0]
+        return result
+
+    def read(self, columns: slice) -> Array:
+        """See :meth:`Rows.read`."""
+        return self.home.receive(self._read(columns))
+
+    def stretch(self, start: int, stop: int) -> SlicedRows:
+        """See :meth:`Rows.stretch`."""
+        first = self._columns.start
+        columns = slice(first + start, first + stop)
+        return SlicedRows(self._source, columns, progress=self._progress)
+
+    def _read(self, columns: slice) -> np.ndarray[Any, Any]:
+        first = self._columns.start
+        part = np.asarray(self._source[:, first + columns.start : first + columns.stop])
+        expected = (self.used, columns.stop - columns.start)
+        if part.shape != expected:
+            msg = (
+                f"gradients[:, {first + columns.start}:{first + columns.stop}] must have shape "
+                f"{expected}, got {part.shape}; is the file complete?"
+            )
+            raise ValueError(msg)
+        return part
+
+
+def rows_of(gradients: Any, *, reduce: Reduce | None = None, progress: bool = False) -> Rows:
+    """Check gradients, of whatever storage; finiteness is checked where they are first read."""
+    if isinstance(gradients, (list, tuple)) and gradients and _are_arrays(gradients):
+        return SplitRows(_parts_argument(gradients), reduce=reduce, progress=progress)
+    if not is_array_api_obj(gradients) and all(
+        hasattr(gradients, name) for name in ("shape", "dtype", "__getitem__")
+    ):
+        check.sliceable_argument(gradients)
+        return SlicedRows(gradients, reduce=reduce, progress=progress)
+    return ArrayRows(check.gradients_argument(gradients), reduce=reduce, progress=progress)
+
+
+def _are_arrays(parts: Any) -> bool:
+    return all(is_array_api_obj(part) for part in parts)
+
+
+def _parts_argument(gradients: Any) -> list[Array]:
+    parts = [check.gradients_argument(g, f"gradients[{i}]") for i, g in enumerate(gradients)]
+    first = parts[0]
+    for i, part in enumerate(parts):
+        if array_namespace(part) is not array_namespace(first) or part.dtype != first.dtype:
+            msg = f"gradients[{i}] must be of the library and dtype of gradients[0]; convert it"
+            raise TypeError(msg)
+        if part.shape[0] != first.shape[0]:
+            msg = (
+                f"gradients[{i}] must have as many rows as gradients[0], {first.shape[0]}, "
+                f"got {part.shape[0]}"
+            )
+            raise ValueError(msg)
+    return parts
+
+
+def _take(array: Array, indices: np.ndarray[Any, Any]) -> Array:
+    xp = array_namespace(array)
+    if is_jax_array(array):
+        return xp.take(array, indices, axis=1)
+    return xp.take(array, xp.asarray(indices, device=device(array)), axis=1)
+
+
+def slices(like: Array, shape: tuple[int, int], chunks: Any = None) -> list[slice]:
+    """Cut d columns into slices of about ``PART_BYTES``, of whole chunks where there are any."""
+    width = max(PART_BYTES // (itemsize(like.dtype) * max(shape[0], 1)), 1)
+    if chunks is not None:
+        width = max(width // int(chunks[1]), 1) * int(chunks[1])
+    return list(ops.column_slices(shape[1], width))

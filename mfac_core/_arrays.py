@@ -164,9 +164,14 @@ def send(c: Array, like: Array, dtype: Any) -> Array:
     if is_torch_array(like):
         torch = sys.modules["torch"]
         return torch.as_tensor(c).to(device=like.device, dtype=dtype)
+    if is_jax_array(like):
+        if not is_numpy_array(c):
+            return xp.astype(c, dtype)
+        # Narrow on the host: JAX would warn about float64. Gradients sharded over several
+        # devices have no one device to send to; what is uncommitted goes with any of them.
+        one = len(like.devices()) == 1
+        return xp.asarray(c.astype(dtype), device=device(like) if one else None)
     if is_numpy_array(c):
-        if is_jax_array(like):  # narrow on the host: JAX would warn about float64
-            return xp.asarray(c.astype(dtype), device=device(like))
         return xp.asarray(c, dtype=dtype, device=device(like))
     c = xp.astype(c, dtype, copy=False)
     return c if device(c) == device(like) else to_device(c, device(like))

@@ -169,9 +169,9 @@ class Dual:
         return dense.solve_lower(home, home.receive(self.factor()), b)
 
     def logdet(self) -> float:
-        """Return log det A."""
+        """Return log det (A / shift) = 2 Σ log (Lₖₖ / √shift), each term by itself."""
         diagonal = self.home.xp.linalg.diagonal(self.factor())
-        return 2.0 * float(self.home.xp.sum(self.home.xp.log(diagonal)))
+        return 2.0 * float(self.home.xp.sum(self.home.xp.log(diagonal / math.sqrt(self.shift))))
 
     def inverse_norm(self) -> float:
         """Estimate ‖A⁻¹‖₂ by power iteration, from below; infinite where A is indefinite.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -106,7 +105,7 @@ class DampedInverse(LowRankOperator):
         return super().diagonal()
 
     def logdet(self) -> float:
-        """Return log det F⁻¹ = −(d log λ + log det A − m log(nλ)).
+        """Return log det F⁻¹ = −(d log λ + log det (A/(nλ))).
 
         Returns
         -------
@@ -118,9 +117,7 @@ class DampedInverse(LowRankOperator):
         O(m), or O(m³) where the dual is not factored at the moment.
         """
         self._settle()
-        m = len(self._dual)
-        dual = self._dual.logdet() - m * math.log(self._divisor * self._damping)
-        return -(self._fisher_logdet_scale + dual)
+        return -(self._fisher_logdet_scale + self._dual.logdet())
 
     def _diagonal(self) -> Array:
         diagonal, smallest = self._clamped_diagonal()

@@ -12,7 +12,6 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, promote, to_numpy
 from mfac_core._operator import Indices, SymmetricOperator
 from mfac_core._rows import Rows
-from mfac_core._storage import SplitRows
 
 TAKE_BYTES = 1 << 25
 """Size of the float64 columns that are gathered at a time."""
@@ -66,9 +65,7 @@ class LowRankOperator(SymmetricOperator):
         return self._rows.like
 
     def _checked_columns(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
-        if isinstance(x, (list, tuple)) and isinstance(self._rows, SplitRows):
-            return self._rows.segments(x, name)
-        return super()._checked_columns(x, name, ndim)
+        return self._rows.columns_argument(x, name, ndim)
 
     def _apply(self, x: Any, refine: int) -> Any:
         first = x[0] if isinstance(x, list) else x

@@ -81,12 +81,14 @@ class PrimalBlocks(SymmetricOperator):
     def _like(self) -> Array:
         return self._array
 
-    def _apply(self, x: Any, refine: int) -> Array:
+    def _multiply(self, x: Array) -> Array:
+        """Return the product with an array of the home."""
         blocks, size, _ = self._matrices.shape
-        xp = self._home.xp
-        columns = xp.reshape(self._home.receive(x), (blocks, size, -1))
-        product = xp.reshape(self._matrices @ columns, tuple(x.shape))
-        return send(product, x, promote(x, self.dtype))
+        columns = self._home.xp.reshape(x, (blocks, size, -1))
+        return self._home.xp.reshape(self._matrices @ columns, tuple(x.shape))
+
+    def _apply(self, x: Any, refine: int) -> Array:
+        return send(self._multiply(self._home.receive(x)), x, promote(x, self.dtype))
 
     def _diagonal(self) -> Array:
         xp = self._home.xp
@@ -104,8 +106,7 @@ class PrimalBlocks(SymmetricOperator):
 
     def _quadratic(self, x: Any) -> Array:
         wide = self._home.receive(x)
-        product = self._home.receive(self._apply(wide if self._home.is_numpy else x, 0))
-        return to_numpy(self._home.xp.sum(wide * product, axis=0))
+        return to_numpy(self._home.xp.sum(wide * self._multiply(wide), axis=0))
 
     def _sample(self, n: int, rng: np.random.Generator) -> Array:
         return self.power(0.5)._apply(self._normal(n, rng), 0)

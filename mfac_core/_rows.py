@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import array_api_extra as xpx
 import numpy as np
 
+from mfac_core import _validate as check
 from mfac_core._arrays import (
     Array,
     Home,
@@ -114,6 +115,12 @@ class Rows(ABC):
     def rounding(self) -> float:
         """Relative rounding error of the products: 0 once they are exact in float64."""
         return 0.0 if self.exact or itemsize(self.dtype) == 8 else FLOAT32_ROUNDING
+
+    def columns_argument(self, x: Any, name: str, ndim: tuple[int, ...]) -> Columns:
+        """Check a vector (d,) or a matrix (d, k)."""
+        x = check.vector_argument(x, name, self._d, ndim=ndim)
+        check.beside(x, name, self.like)
+        return x
 
     # -- passes ----------------------------------------------------------------------------
 

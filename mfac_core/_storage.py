@@ -18,7 +18,7 @@ from mfac_core._arrays import (
 )
 from mfac_core._ops import rows as ops
 from mfac_core._progress import track
-from mfac_core._rows import Reduce, Rows
+from mfac_core._rows import Columns, Reduce, Rows
 
 PART_BYTES = 1 << 25
 """What is read of a file at a time, and the stride of a progress bar."""
@@ -122,16 +122,18 @@ class SplitRows(Rows):
                 cut.append(array[:, start - own.start : stop - own.start])
         return cut
 
-    def segments(self, x: Any, name: str) -> list[Array]:
-        """Check a vector or matrix that is given as one piece beside each part."""
+    def columns_argument(self, x: Any, name: str, ndim: tuple[int, ...]) -> Columns:
+        """Check a vector or matrix, which may be given as one piece beside each part."""
+        if not isinstance(x, (list, tuple)):
+            return super().columns_argument(x, name, ndim)
         if len(x) != len(self._arrays):
             msg = f"{name} must be one array, or one for each of {len(self._arrays)} parts"
             raise ValueError(msg)
         pieces: list[Array] = []
         for i, (piece, array) in enumerate(zip(x, self._arrays, strict=True)):
             label = f"{name}[{i}]"
-            ndim = (pieces[0].ndim,) if pieces else (1, 2)
-            pieces.append(check.vector_argument(piece, label, array.shape[1], ndim=ndim))
+            same = (pieces[0].ndim,) if pieces else ndim
+            pieces.append(check.vector_argument(piece, label, array.shape[1], ndim=same))
             check.beside(pieces[-1], label, array)
         return pieces
 

@@ -211,13 +211,13 @@ class InverseFisher(DampedInverse):
         raise ValueError(msg)
 
 
-def ihvp(gradients: Array, x: Array, *, damping: float) -> Array:
+def ihvp(gradients: Any, x: Any, *, damping: float) -> Any:
     """Return F⁻¹x for the damped empirical Fisher matrix F = λI + GᵀG/m, in one call.
 
     Parameters
     ----------
-    gradients : array, shape (m, d)
-        G, one gradient per row, of any array-API library, real floating.
+    gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
+        G, one gradient per row, real floating, of any storage that :class:`InverseFisher` takes.
     x : array, shape (d,) or (d, k)
         A vector, or columns of vectors, of the same library and device.
     damping : float
@@ -253,11 +253,13 @@ def ihvp(gradients: Array, x: Array, *, damping: float) -> Array:
     >>> mfac.ihvp(np.array([[3.0, 4.0]]), np.array([3.0, 4.0]), damping=5.0)
     array([0.1       , 0.13333333])
     """
-    gradients = check.gradients_argument(gradients)
-    x = check.vector_argument(x, "x", gradients.shape[1], ndim=(1, 2))
-    check.beside(x, "x", gradients)
-    if not is_traced(damping):
-        damping = check.positive_number(damping, "damping")
     if is_traced(gradients, x, damping):
+        gradients = check.gradients_argument(gradients)
+        x = check.vector_argument(x, "x", gradients.shape[1], ndim=(1, 2))
+        check.beside(x, "x", gradients)
+        if not is_traced(damping):
+            damping = check.positive_number(damping, "damping")
         return _traced.ihvp(gradients, x, damping)
-    return InverseFisher(gradients, damping=damping) @ x
+    rows = rows_of(gradients)
+    rows.columns_argument(x, "x", (1, 2))  # before the work
+    return InverseFisher._of_rows(rows, check.positive_number(damping, "damping")) @ x

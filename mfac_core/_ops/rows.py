@@ -61,9 +61,10 @@ def square_norms(x: Array) -> np.ndarray[Any, Any]:
     """
     home = home_of(x)
     total = home.zeros(x.shape[1:])
-    for part in column_slices(x.shape[0], wide_columns(math.prod(x.shape[1:]))):
-        block = home.receive(x[part, ...])
-        total = total + (block @ block if x.ndim == 1 else home.xp.sum(block * block, axis=0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for part in column_slices(x.shape[0], wide_columns(math.prod(x.shape[1:]))):
+            block = home.receive(x[part, ...])
+            total = total + (block @ block if x.ndim == 1 else home.xp.sum(block * block, axis=0))
     return to_numpy(total)
 
 

@@ -24,6 +24,8 @@ class BlockDiagonal(SymmetricOperator):
     ----------
     stretches : sequence of operators
         Of one array library and dtype, in the order of the parameters.
+    reduce : callable, optional
+        Sum over ranks, where the stretches are this rank's.
     """
 
     def __init__(

@@ -174,6 +174,11 @@ class DampedInverse(LowRankOperator):
             c = c - damping * change
         return y
 
+    def _spread(self, z: Array) -> Any:
+        """Return Gᵀ A⁻¹ z, in the gradients' library and dtype."""
+        self._settle()
+        return self._rows.combine(self._dual.solve(z), None, 1.0, dtype=self.dtype)
+
     def _solve_traced(self, b: Any) -> Any:
         home = self._rows.home
         return self._dual.solve(home.receive(b)).astype(b.dtype)

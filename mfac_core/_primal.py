@@ -112,13 +112,14 @@ class PrimalBlocks(SymmetricOperator):
         return self.power(0.5)._apply(self._normal(n, rng), 0)
 
 
-def invert_blocks(rows: Rows, start: int, size: int, blocks: int, damping: float) -> PrimalBlocks:
-    """Return the inverses of λI + G_bᵀG_b/m for consecutive blocks of ``size`` columns.
+def fisher_blocks(
+    rows: Rows, start: int, size: int, blocks: int, damping: float
+) -> Iterator[tuple[slice, Array]]:
+    """Yield λI + G_bᵀG_b/m, float64 (batch, B, B), for consecutive blocks of ``size`` columns.
 
-    Batches of blocks at a time; d·B·(m + B) multiplications in float64.
+    Batches of blocks at a time; d·B·m multiplications in all.
     """
     home, m = rows.home, rows.shape[0]
-    inverses = home.xp.empty((blocks, size, size), dtype=home.xp.float64, device=home.device)
     batch = max(BATCH_BYTES // (8 * size * max(m, size)), 1)
     for first in range(0, blocks, batch):
         last = min(first + batch, blocks)
@@ -128,8 +129,16 @@ def invert_blocks(rows: Rows, start: int, size: int, blocks: int, damping: float
         if not bool(home.xp.all(home.xp.isfinite(fisher))):
             msg = check.nonfinite_message(rows.nonfinite(), m)
             raise ValueError(msg)
-        inverse = home.xp.linalg.inv(fisher)
-        inverses[first:last, ...] = (inverse + _transposed(inverse)) / 2
+        yield slice(first, last), fisher
+
+
+def invert_blocks(rows: Rows, start: int, size: int, blocks: int, damping: float) -> PrimalBlocks:
+    """Return the inverses of consecutive blocks of F, in O(d·B·(m + B))."""
+    xp, where = rows.home.xp, rows.home.device
+    inverses = xp.empty((blocks, size, size), dtype=xp.float64, device=where)
+    for batch, fisher in fisher_blocks(rows, start, size, blocks, damping):
+        inverse = xp.linalg.inv(fisher)
+        inverses[batch, ...] = (inverse + _transposed(inverse)) / 2
     return PrimalBlocks(inverses, rows.like)
 
 

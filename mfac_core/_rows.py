@@ -251,3 +251,11 @@ def joined(pieces: list[Array]) -> Array:
     if not is_jax_array(pieces[0]):
         pieces = [to_device(piece, device(pieces[0])) for piece in pieces]
     return array_namespace(pieces[0]).concat(pieces, axis=0)
+
+
+def gathered(array: Array, indices: np.ndarray[Any, Any]) -> Array:
+    """Return columns of an array by index, in its own dtype and on its own device."""
+    xp = array_namespace(array)
+    if is_jax_array(array):
+        return xp.take(array, indices, axis=1)
+    return xp.take(array, xp.asarray(indices, device=device(array)), axis=1)

@@ -11,14 +11,13 @@ from mfac_core import _validate as check
 from mfac_core._arrays import (
     Array,
     array_namespace,
-    device,
     is_array_api_obj,
     is_jax_array,
     itemsize,
 )
 from mfac_core._ops import rows as ops
 from mfac_core._progress import track
-from mfac_core._rows import Columns, Reduce, Rows
+from mfac_core._rows import Columns, Reduce, Rows, gathered
 
 PART_BYTES = 1 << 25
 """What is read of a file at a time, and the stride of a progress bar."""
@@ -53,7 +52,7 @@ class ArrayRows(Rows):
 
     def take(self, indices: np.ndarray[Any, Any]) -> Array:
         """See :meth:`Rows.take`."""
-        return self.home.receive(_take(self.array, indices))[: self.used, :]
+        return self.home.receive(gathered(self.array, indices))[: self.used, :]
 
     def read(self, columns: slice) -> Array:
         """See :meth:`Rows.read`."""
@@ -99,7 +98,7 @@ class SplitRows(Rows):
         result = self.home.zeros((self.used, len(indices)))
         for columns, array in zip(self._slices, self._arrays, strict=True):
             here = np.flatnonzero((indices >= columns.start) & (indices < columns.stop))
-            taken = self.home.receive(_take(array, indices[here] - columns.start))
+            taken = self.home.receive(gathered(array, indices[here] - columns.start))
             for position, k in enumerate(here):
                 result[:, int(k)] = taken[:, position]
         return result
@@ -222,13 +221,6 @@ def _parts_argument(gradients: Any) -> list[Array]:
             )
             raise ValueError(msg)
     return parts
-
-
-def _take(array: Array, indices: np.ndarray[Any, Any]) -> Array:
-    xp = array_namespace(array)
-    if is_jax_array(array):
-        return xp.take(array, indices, axis=1)
-    return xp.take(array, xp.asarray(indices, device=device(array)), axis=1)
 
 
 def slices(like: Array, shape: tuple[int, int], chunks: Any = None) -> list[slice]:

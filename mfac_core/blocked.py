@@ -196,7 +196,7 @@ class BlockInverseFisher(BlockDiagonal):
     ) -> None:
         self.damping = check.positive_number(damping, "damping")
         rows = rows_of(gradients, progress=progress)
-        self.block_sizes = _block_sizes(block_size, rows.shape[1])
+        self.block_sizes = block_sizes(block_size, rows.shape[1])
         stretches: list[SymmetricOperator] = []
         start = 0
         for size, group in groupby(self.block_sizes):
@@ -218,7 +218,8 @@ def _invert(
     ]
 
 
-def _block_sizes(block_size: Any, d: int) -> tuple[int, ...]:
+def block_sizes(block_size: Any, d: int) -> tuple[int, ...]:
+    """Return the lengths of blocks, from one length or from all of them."""
     if isinstance(block_size, Sequence) or getattr(block_size, "ndim", 0) == 1:
         lengths = [
             check.integer(length, f"block_size[{i}]", minimum=1)

@@ -22,14 +22,14 @@ class Units:
 
     def kept(self, mask: Mask) -> Mask:
         """Return which units have a weight left."""
-        left: Mask = mask[self.members].any(axis=1)
+        left: Mask = np.any(np.take(mask, self.members), axis=1)
         return left
 
     def saliencies(self, weights: Vector, fisher: KeptFisher) -> Vector:
         """Return what the loss rises when a unit is removed alone: ½ w_Qᵀ([F⁻¹]_QQ)⁻¹w_Q."""
         if self.members.shape[1] == 1:
             single: Vector = weights**2 / (2.0 * fisher.diagonal())
-            return single[self.members[:, 0]]
+            return np.take(single, self.members[:, 0])
         values = weights[self.members][:, :, None]
         squares = fisher.squares(self.members)
         # Removed members have zero rows; ones in their place leave the others as they are.

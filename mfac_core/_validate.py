@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -191,3 +192,17 @@ def indices(
         msg = f"{name} {int(array[outside].flat[0])} is out of range for {length} parameters"
         raise IndexError(msg)
     return np.where(array < 0, array + length, array).astype(np.int64)
+
+
+def block_sizes(block_size: Any, d: int) -> tuple[int, ...]:
+    """Return the lengths of blocks, from one length or from all of them."""
+    if isinstance(block_size, Sequence) or getattr(block_size, "ndim", 0) == 1:
+        lengths = [
+            integer(length, f"block_size[{i}]", minimum=1) for i, length in enumerate(block_size)
+        ]
+        if sum(lengths) != d:
+            msg = f"block_size must sum to the number of parameters {d}, got {sum(lengths)}"
+            raise ValueError(msg)
+        return tuple(lengths)
+    size = integer(block_size, "block_size", minimum=1)
+    return tuple(min(size, d - start) for start in range(0, d, size))

@@ -196,7 +196,7 @@ class BlockInverseFisher(BlockDiagonal):
     ) -> None:
         self.damping = check.positive_number(damping, "damping")
         rows = rows_of(gradients, progress=progress)
-        self.block_sizes = block_sizes(block_size, rows.shape[1])
+        self.block_sizes = check.block_sizes(block_size, rows.shape[1])
         stretches: list[SymmetricOperator] = []
         start = 0
         for size, group in groupby(self.block_sizes):
@@ -216,18 +216,3 @@ def _invert(
         InverseFisher._of_rows(rows.stretch(begin, begin + size), damping)
         for begin in range(start, start + size * blocks, size)
     ]
-
-
-def block_sizes(block_size: Any, d: int) -> tuple[int, ...]:
-    """Return the lengths of blocks, from one length or from all of them."""
-    if isinstance(block_size, Sequence) or getattr(block_size, "ndim", 0) == 1:
-        lengths = [
-            check.integer(length, f"block_size[{i}]", minimum=1)
-            for i, length in enumerate(block_size)
-        ]
-        if sum(lengths) != d:
-            msg = f"block_size must sum to the number of parameters {d}, got {sum(lengths)}"
-            raise ValueError(msg)
-        return tuple(lengths)
-    size = check.integer(block_size, "block_size", minimum=1)
-    return tuple(min(size, d - start) for start in range(0, d, size))

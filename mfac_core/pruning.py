@@ -19,7 +19,8 @@ from mfac_core._patterns import AdjacentUnits, remove_lowest, schedule, units_of
 from mfac_core._progress import track
 from mfac_core._rows import Rows
 from mfac_core._storage import rows_of
-from mfac_core.blocked import block_sizes
+
+__all__ = ["PrunedWeights", "obs_update", "prune", "saliency"]
 
 STEPS = (0.25, 0.5, 0.75, 1.0)
 """Parts of a joint update that are tried on the real loss."""
@@ -118,8 +119,9 @@ def obs_update(
 
     Notes
     -----
-    d·m + |R|·m² + m³/3 multiplications; G is read, and not copied. The paper sums the updates of
-    single weights instead, each of which takes the other removed weights to be still there.
+    d·m + r·m² + m³/3 multiplications for r kept weights; G is read, and not copied. The paper
+    sums the updates of single weights instead, each of which takes the other removed weights to
+    be still there.
 
     Examples
     --------
@@ -199,9 +201,9 @@ def prune(
 
     Notes
     -----
-    A stage with R kept weights costs about 2·|R|·m² multiplications for the masked Gram and the
-    diagonal, and a few passes over G. The joint update is always that of the given weights for
-    the mask of the stage: stages differ from one shot in the choice of weights alone.
+    A stage that starts from r kept weights costs about 2·r·m² multiplications, for the masked
+    Gram and the diagonal, and a few passes over G. The joint update is always that of the given
+    weights for the mask of the stage: stages differ from one shot in the choice of weights alone.
 
     Examples
     --------
@@ -303,7 +305,7 @@ def _best(
 
 def _fisher(rows: Rows, damping: float, block_size: int | Sequence[int] | None) -> KeptFisher:
     damping = check.positive_number(damping, "damping")
-    sizes = None if block_size is None else block_sizes(block_size, rows.shape[1])
+    sizes = None if block_size is None else check.block_sizes(block_size, rows.shape[1])
     return KeptFisher(rows, damping, sizes)
 
 

@@ -89,9 +89,16 @@ class Dual:
             self._inverse = dense.inverse(self.home, self._matrix(self.shift))
             self._replaced = 0
         self._factor = None
+        if self._inverse is not None and self._replaced >= max(len(self), 16):
+            self._inverse = None
         if self._inverse is not None:
-            self._inverse = self._replaced_inverse(self._inverse, i, row)
             self._replaced += 1
+            if dense.replaces(self._inverse, self.gram, row):
+                failed = dense.replace(self._inverse, self.gram, i, row, self.shift)
+                if int(failed[0]):
+                    self._inverse = None
+                return
+            self._inverse = self._replaced_inverse(self._inverse, i, row)
         self.gram[i, :] = row
         self.gram[:, i] = row
 
@@ -101,8 +108,6 @@ class Dual:
         With k = K eᵢ the deletion is K − k kᵀ/kᵢᵢ. With b the new row without its diagonal entry,
         u = K_deleted b and s = Aᵢᵢ − bᵀu the insertion adds v vᵀ/s, v = u − eᵢ.
         """
-        if self._replaced >= max(len(self), 16):
-            return None
         k = self.home.xp.asarray(inverse[:, i], copy=True)
         b = self.home.xp.asarray(row, copy=True)
         b[i] = 0.0

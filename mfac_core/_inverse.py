@@ -8,6 +8,7 @@ from mfac_core import _traced
 from mfac_core._arrays import Array, is_traced, promote, send, widen
 from mfac_core._dual import Dual
 from mfac_core._operator import SymmetricOperator
+from mfac_core._ops import dense
 from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW, Rows
 
 LARGEST_DIAGONAL_ROUNDING = 1e-5
@@ -128,10 +129,11 @@ class DampedInverse(SymmetricOperator):
         parts, smallest = [], 1.0
         for _, block in self._rows.wide_blocks():
             whitened = self._dual.whiten(block)
-            rest = 1.0 - xp.sum(whitened * whitened, axis=0)
-            fisher = damping + xp.sum(block * block, axis=0) / self._divisor
+            diagonal, rest = dense.clamped_diagonal(
+                self._rows.home, whitened, block, damping, self._divisor
+            )
             smallest = min(smallest, float(xp.min(rest)))
-            parts.append(xp.clip(rest / damping, 1.0 / fisher, 1.0 / damping))
+            parts.append(diagonal)
         return xp.concat(parts), max(smallest, 0.0)
 
     def _apply(self, x: Array, refine: int) -> Array:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import array_api_extra as xpx
+import numpy as np
 
 from mfac_core._arrays import Array, Home, array_namespace, device, home_of, is_jax_array, itemsize
 from mfac_core._ops import rows as ops
@@ -106,6 +107,23 @@ class Rows:
         """Set row i, and use it from now on."""
         self.used = max(self.used, i + 1)
         self.array = ops.write(self.array, i, row)
+
+    def exchange(self, i: int, row: Array, norm2: float) -> Array:
+        """Set row i to a finite row of square norm ``norm2`` and return the Gram's row of it."""
+        if ops.exchanges(self.array, row):
+            self.used = max(self.used, i + 1)
+            return ops.exchange(self._in_use, i, row, self.home)
+        with np.errstate(over="ignore", invalid="ignore"):
+            products = self.project(row)
+        if not bool(self.home.xp.all(self.home.xp.isfinite(products))):
+            self.exact = True  # finite rows whose products overflow float32
+            products = self.project(row)
+        used = self.used
+        self.write(i, row)
+        of_gram = self.home.zeros(self.used)
+        of_gram[:used] = products
+        of_gram[i] = norm2
+        return of_gram
 
     def wide_blocks(self) -> Iterator[tuple[slice, Array]]:
         """Yield the columns of G block by block as float64 in the home."""

@@ -361,21 +361,13 @@ class SlidingInverseFisher(DampedInverse):
 
     def _exchange(self, slot: int, g: Array, norm2: float, slots: list[int]) -> None:
         """Write ``g`` into a row of the ring, and let ``slots`` be the rows held from now on."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            products = self._rows.project(g)
-        if not bool(self._rows.home.xp.all(self._rows.home.xp.isfinite(products))):
-            self._rows.exact = True  # finite rows whose products overflow float32
-            products = self._rows.project(g)
-        used = self._rows.used
-        row = self._rows.home.zeros(max(used, slot + 1))
-        row[:used] = products
-        row[slot] = norm2
-        if slot == used:
+        grows = slot == self._rows.used
+        row = self._rows.exchange(slot, g, norm2)
+        if grows:
             self._dual.grow()
         self._slots = slots
         self._reshift()
         self._dual.replace(slot, row)
-        self._rows.write(slot, g)
         self._checked = False
         self._exact_steps += self._rows.exact
 

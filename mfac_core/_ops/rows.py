@@ -2,7 +2,8 @@
 
 Products of float32 and 16-bit rows run in float32, block of columns by block of columns, and are
 summed in float64; with ``exact=True`` they run in float64 as a whole. NumPy arrays take the BLAS
-path, which works through one buffer; other arrays take the array-API path.
+path, which works through one buffer; arrays on a CUDA device within CuPy's reach take the kernels,
+whose products are always float64; all others take the array-API path.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mfac_core._arrays import Array, Home, is_numpy_array
-from mfac_core._ops import _blas, _generic
+from mfac_core._arrays import Array, Home, has_float64, is_jax_array, is_numpy_array
+from mfac_core._ops import _blas, _generic, cuda
 from mfac_core._ops._blocks import column_slices, wide_columns
 
 
@@ -28,6 +29,8 @@ def project(g: Array, x: Array, *, exact: bool, home: Home) -> Array:
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
         return _blas.project(g, x, exact=exact, width=width)
+    if cuda.serves_product(g, x):
+        return cuda.project(g, x, home)
     return _generic.project(g, x, exact=exact, width=width, home=home)
 
 
@@ -41,6 +44,8 @@ def combine(
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
         return _blas.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
+    if cuda.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
+        return cuda.combine(g, c, base, alpha, dtype=dtype)
     return _generic.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
 
 
@@ -55,7 +60,19 @@ def square_norm(g: Array, home: Home) -> float:
     width = wide_columns(1)
     if is_numpy_array(g):
         return _blas.square_norm(g, width=width)
+    if cuda.serves(g):
+        return float(cuda.project(g[None, :], g, home)[0])
     return _generic.square_norm(g, width=width, home=home)
+
+
+def exchanges(g: Array, row: Array) -> bool:
+    """Whether :func:`exchange` takes G and the new row."""
+    return not is_jax_array(g) and g.dtype == row.dtype and cuda.serves_product(g, row)
+
+
+def exchange(g: Array, i: int, row: Array, home: Home) -> Array:
+    """Set G[i] = row in place and return G row, with the new row in G; one read of G."""
+    return cuda.exchange(g, i, row, home)
 
 
 def write(g: Array, i: int, row: Array) -> Array:

@@ -1,0 +1,127 @@
+"""Whole operators as on a CUDA device: PyTorch tensors as the carrier, the host as the device.
+
+The m-sized half lives in the tensors' library, as on a device, and every pass goes through the
+library's dispatch to the kernels. Oracles are dense float64 inverses.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import numpy64, relative_error
+from host_machine import HostMachine
+
+import mfac_core as mfac
+from mfac_core import _rows, sliding
+from mfac_core._arrays import Home
+from mfac_core._ops import _cupy, _generic
+from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A machine that holds PyTorch's tensors, with a home of PyTorch's."""
+    machine = HostMachine("check")
+    monkeypatch.setattr(_cupy, "machine", machine)
+    namespace = _namespace()
+    for module in (_rows, sliding):
+        monkeypatch.setattr(module, "home_of", lambda x: Home(namespace, torch.device("cpu")))
+    return machine
+
+
+def _namespace():
+    from array_api_compat import torch as namespace
+
+    return namespace
+
+
+def tensor(x, dtype):
+    return torch.from_numpy(np.array(x, dtype="float64")).to(getattr(torch, dtype))
+
+
+def only_kernels(monkeypatch, *names):
+    """Let passes over the gradients that a kernel should take fail on the generic path."""
+    for name in names:
+        monkeypatch.setattr(_generic, name, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_static_inverse(device, monkeypatch, rng, dtype):
+    g = tensor(rng.standard_normal((7, 45)), dtype)
+    inverse = mfac.InverseFisher(g, damping=0.3)
+    only_kernels(monkeypatch, "project", "combine")
+    dense = dense_inverse(g, damping=0.3)
+    bound = error_bound(g, damping=0.3)
+    x = tensor(rng.standard_normal((45, 3)), dtype)
+    for y, expected in [
+        (inverse @ x[:, 0].contiguous(), dense @ numpy64(x[:, 0])),
+        (inverse @ x, dense @ numpy64(x)),
+        (inverse.diagonal(), np.diagonal(dense)),
+        (inverse.matvec(x[:, 0].contiguous(), refine=1), dense @ numpy64(x[:, 0])),
+    ]:
+        assert y.dtype == g.dtype
+        assert relative_error(y, expected) <= bound
+    assert set(device.launches) == {"project", "sum_parts", "combine", "clamped_diagonal"}
+
+
+@pytest.mark.parametrize("normalization", ["count", "window"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sliding_window(device, monkeypatch, rng, dtype, normalization):
+    only_kernels(monkeypatch, "project", "combine", "square_norm", "write")
+    d, size = 23, 5
+    window = mfac.SlidingInverseFisher(d, size, damping=0.2, normalization=normalization)
+    rows = rng.standard_normal((14, d))
+    for step, row in enumerate(rows):
+        g = tensor(row, dtype)
+        y = window.append_matvec(g)
+        held = numpy64(tensor(rows[max(0, step + 1 - size) : step + 1], dtype))
+        assert (numpy64(window.gradients) == held).all()
+        divisor = size if normalization == "window" else len(held)
+        dense = dense_inverse(held, damping=0.2, divisor=divisor)
+        bound = error_bound(g[None, :], damping=0.2, divisor=divisor)
+        assert y.dtype == g.dtype
+        assert relative_error(y, dense @ held[-1]) <= bound
+    # Under "count" the shift moves with each gradient until the window is full.
+    assert device.launches["dual_update"] >= (9 if normalization == "count" else 12)
+    assert device.launches["project"] == 2 * len(rows)  # the square norm, and the exchange
+
+
+def test_other_operations_of_a_window(device, rng):
+    window = mfac.SlidingInverseFisher(17, 5, damping=0.1)
+    rows = [tensor(row, "float32") for row in rng.standard_normal((9, 17))]
+    for g in rows[:7]:
+        window.append(g)
+    window.replace(1, rows[7])
+    window.remove(-2)
+    window.damping = 0.03
+    held = np.stack([numpy64(rows[i]) for i in (2, 7, 4, 6)])
+    assert (numpy64(window.gradients) == held).all()
+    bound = error_bound(held, damping=0.03, dtype="float32")
+    assert_operator_close(window, dense_inverse(held, damping=0.03), rtol=bound)
+    before = window.state_dict()
+    with pytest.raises(ValueError, match="g must be finite"):
+        window.append(torch.full((17,), torch.nan))
+    after = window.state_dict()
+    assert all(np.array_equal(np.asarray(before[k]), np.asarray(after[k])) for k in before)
+    restored = mfac.SlidingInverseFisher(17, 5, damping=1.0)
+    restored.load_state_dict(after)
+    assert (restored.append_matvec(rows[8]) == window.append_matvec(rows[8])).all()
+
+
+@pytest.mark.parametrize("normalization", ["count", "window"])
+def test_a_long_run_does_not_drift(device, rng, normalization):
+    d, size = 40, 12
+    window = mfac.SlidingInverseFisher(d, size, damping=1e-4, normalization=normalization)
+    pool = rng.standard_normal((4, d)) / np.sqrt(d)
+    held = []
+    for step in range(120):
+        # Equal rows are normal life.
+        row = pool[step % 4] if rng.random() < 0.3 else rng.standard_normal(d) / np.sqrt(d)
+        held = [*held, row][-size:]
+        y = window.append_matvec(tensor(row, "float64"))
+        divisor = size if normalization == "window" else len(held)
+        dense = dense_inverse(np.array(held), damping=1e-4, divisor=divisor)
+        bound = error_bound(np.array(held), damping=1e-4, divisor=divisor)
+        assert relative_error(y, dense @ row) <= bound
+    assert device.launches["dual_update"] > 60

@@ -110,9 +110,8 @@ class Rows:
 
     def exchange(self, i: int, row: Array, norm2: float) -> Array:
         """Set row i to a finite row of square norm ``norm2`` and return the Gram's row of it."""
-        if ops.exchanges(self.array, row):
-            self.used = max(self.used, i + 1)
-            return ops.exchange(self._in_use, i, row, self.home)
+        if self.exchanges(row):
+            return self.exchange_unseen(i, row)[0]
         with np.errstate(over="ignore", invalid="ignore"):
             products = self.project(row)
         if not bool(self.home.xp.all(self.home.xp.isfinite(products))):
@@ -124,6 +123,18 @@ class Rows:
         of_gram[:used] = products
         of_gram[i] = norm2
         return of_gram
+
+    def exchanges(self, row: Array) -> bool:
+        """Whether :meth:`exchange_unseen` takes a row."""
+        return ops.exchanges(self.array, row)
+
+    def exchange_unseen(self, i: int, row: Array) -> tuple[Array, Array]:
+        """Do as :meth:`exchange` on a device, without waiting; also return ‖row‖², shape (1,).
+
+        Where that is not finite, the row that was there stays, and is exchanged for itself.
+        """
+        self.used = max(self.used, i + 1)
+        return ops.exchange(self._in_use, i, row, self.home)
 
     def wide_blocks(self) -> Iterator[tuple[slice, Array]]:
         """Yield the columns of G block by block as float64 in the home."""

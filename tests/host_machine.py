@@ -28,6 +28,7 @@ class HostMachine(_cupy.Machine):
         self.order = "forward"
         self.seed = 0
         self.launches = Counter()
+        self.looks = 0
 
     def holds(self, x):
         return is_cupy_array(x) or is_torch_array(x)
@@ -40,16 +41,20 @@ class HostMachine(_cupy.Machine):
 
     def borrow(self, x):
         if is_cupy_array(x):
+            assert x.flags.c_contiguous
             return x
         assert x.is_contiguous()
         if x.dtype == torch.bfloat16:
             x = x.view(torch.int16)
         return host_array(x.numpy())
 
-    def receive(self, x):
+    def contiguous(self, x):
         if is_torch_array(x):
-            return self.borrow(x.contiguous())
+            return x.contiguous()
         return host_array(host_view(x))
+
+    def receive(self, x):
+        return self.borrow(self.contiguous(x))
 
     def empty(self, shape, dtype, like):
         if is_torch_array(like):
@@ -57,6 +62,10 @@ class HostMachine(_cupy.Machine):
             return torch.full(shape, fill, dtype=getattr(torch, dtype))
         fill = -1 if dtype == "int32" else np.nan
         return host_array(np.full(shape, fill, NUMPY_DTYPES[dtype]))
+
+    def later(self, x):
+        self.looks += 1
+        return lambda: np.array(host_view(self.borrow(x)))
 
     @contextlib.contextmanager
     def at(self, x):

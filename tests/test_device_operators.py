@@ -13,7 +13,7 @@ from host_machine import HostMachine
 import mfac_core as mfac
 from mfac_core import _rows, sliding
 from mfac_core._arrays import Home
-from mfac_core._ops import _cupy, _generic
+from mfac_core._ops import _cupy, _generic, cuda
 from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
@@ -84,7 +84,8 @@ def test_a_sliding_window(device, monkeypatch, rng, dtype, normalization):
         assert relative_error(y, dense @ held[-1]) <= bound
     # Under "count" the shift moves with each gradient until the window is full.
     assert device.launches["dual_update"] >= (9 if normalization == "count" else 12)
-    assert device.launches["project"] == 2 * len(rows)  # the square norm, and the exchange
+    # The square norm and the exchange; the norm once before where a row is added.
+    assert device.launches["project"] == 2 * len(rows) + size
 
 
 def test_other_operations_of_a_window(device, rng):
@@ -107,6 +108,100 @@ def test_other_operations_of_a_window(device, rng):
     restored = mfac.SlidingInverseFisher(17, 5, damping=1.0)
     restored.load_state_dict(after)
     assert (restored.append_matvec(rows[8]) == window.append_matvec(rows[8])).all()
+
+
+def full_window(rng, d=30, size=8):
+    """A window whose next step replaces a row in a known inverse, and the rows it holds."""
+    window = mfac.SlidingInverseFisher(d, size, damping=0.1)
+    rows = rng.standard_normal((size + 2, d))
+    for row in rows:
+        window.append_matvec(tensor(row, "float64"))
+    return window, list(rows[2:])
+
+
+VALUE_READS = ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "cpu")
+
+
+def test_a_step_of_a_full_window_waits_for_the_device_only_behind_its_last_pass(
+    device, monkeypatch, rng
+):
+    """Reading a value of a tensor would wait at once; `later` waits for what came before it."""
+    window, _ = full_window(rng)
+    events = []
+    for name in VALUE_READS:
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: events.append(name))
+    later, launch = device.later, cuda.launch
+
+    def recorded(x):
+        look = later(x)
+        return lambda: events.append("look") or look()
+
+    monkeypatch.setattr(device, "later", recorded)
+    monkeypatch.setattr(cuda, "launch", lambda *args: events.append(args[1]) or launch(*args))
+    window.append_matvec(tensor(rng.standard_normal(30), "float64"))
+    behind = events[events.index("look") :]
+    before = events[: events.index("look")]
+    assert {"project", "dual_update", "combine"} <= set(before)
+    assert set(behind) == {"look"}
+    assert not set(VALUE_READS) & set(events)
+
+
+def test_a_strided_gradient(device, rng):
+    """A column of a matrix, into a window that fills and into one that is full."""
+    columns = tensor(rng.standard_normal((30, 12)), "bfloat16")
+    window = mfac.SlidingInverseFisher(30, 8, damping=0.1)
+    for i in range(12):
+        y = window.append_matvec(columns[:, i])
+    held = numpy64(columns[:, 4:]).T
+    assert (numpy64(window.gradients) == held).all()
+    expected = dense_inverse(held, damping=0.1) @ held[-1]
+    assert relative_error(y, expected) <= error_bound(columns.T, damping=0.1)
+    y = window @ columns[:, ::3]
+    expected = dense_inverse(held, damping=0.1) @ numpy64(columns[:, ::3])
+    assert relative_error(y, expected) <= error_bound(columns.T, damping=0.1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e200])
+@pytest.mark.parametrize("step", ["append", "append_matvec", "replace"])
+def test_a_gradient_refused_by_the_device_leaves_the_window(device, rng, step, value):
+    window, held = full_window(rng)
+    before = window.state_dict()
+    g = tensor(rng.standard_normal(30), "float64")
+    g[11] = value
+    with pytest.raises(ValueError, match="g must be finite"):
+        window.replace(3, g) if step == "replace" else getattr(window, step)(g)
+    after = window.state_dict()
+    for key in ("gradients", "gram", "slots"):
+        assert np.array_equal(np.asarray(before[key]), np.asarray(after[key]))
+    # The row that stayed was exchanged for itself, in the inverse too.
+    bound = error_bound(np.array(held), damping=0.1)
+    assert relative_error(after["inverse"], before["inverse"]) <= bound
+    row = rng.standard_normal(30)
+    y = window.append_matvec(tensor(row, "float64"))
+    held = np.array([*held[1:], row])
+    assert relative_error(y, dense_inverse(held, damping=0.1) @ row) <= bound
+
+
+@pytest.mark.parametrize("damage", ["scaled", "nan", "negative"])
+@pytest.mark.parametrize("what", ["append_matvec", "append, matvec"])
+def test_an_inverse_the_device_finds_wrong_is_given_up_in_the_same_step(device, rng, damage, what):
+    window, held = full_window(rng)
+    inverse = window._dual._inverse
+    if damage == "scaled":
+        inverse *= 1.01
+    else:
+        inverse += (np.nan if damage == "nan" else -100.0) * torch.eye(8, dtype=torch.float64)
+    row = rng.standard_normal(30)
+    held = np.array([*held[1:], row])
+    g = tensor(row, "float64")
+    if what == "append_matvec":
+        y = window.append_matvec(g)
+    else:
+        window.append(g)
+        y = window @ g
+    bound = error_bound(held, damping=0.1)
+    assert relative_error(y, dense_inverse(held, damping=0.1) @ row) <= bound
+    assert window._dual._inverse is None
 
 
 @pytest.mark.parametrize("normalization", ["count", "window"])

@@ -103,8 +103,9 @@ def test_exchange_writes_the_row_it_reads(machine, dtype):
         g[i] = np.nan
         ring = host_array(g)
         assert rows.exchanges(ring, host_array(row))
-        product = rows.exchange(ring, i, host_array(row), Device())
+        product, norm2 = rows.exchange(ring, i, host_array(row), Device())
         assert ran(machine, "project", "sum_parts")
+        assert host_view(norm2)[0] == pytest.approx(exact_row @ exact_row, rel=(d + 8) * EPS)
         expected_ring = g.copy()
         expected_ring[i] = row
         assert (host_view(ring) == expected_ring).all()
@@ -112,6 +113,20 @@ def test_exchange_writes_the_row_it_reads(machine, dtype):
         assert (abs(host_view(product) - expected) <= bound).all()
 
     check()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_exchange_keeps_the_row_where_the_new_one_is_not_finite(machine, rng, value):
+    g, exact_g = stored(rng, (11, 2100), "float32")
+    row, _ = stored(rng, 2100, "float32")
+    row[77] = value
+    for machine.order in ("forward", "backward", "random"):
+        ring = host_array(g.copy())
+        product, norm2 = rows.exchange(ring, 8, host_array(row), Device())
+        assert not np.isfinite(host_view(norm2)[0])
+        assert (host_view(ring) == g).all()
+        expected, bound = contract(exact_g, exact_g[8])
+        assert (abs(host_view(product) - expected) <= bound).all()
 
 
 @pytest.mark.parametrize("out", ["same", "float32", "float64", None])

@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.resources
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mfac_core._arrays import (
@@ -71,7 +71,9 @@ class Machine:
         if is_cupy_array(x):
             return True
         if is_torch_array(x):
-            return bool(x.is_cuda) and self._cupy() is not None
+            # What PyTorch calls CUDA may be ROCm.
+            cuda = x.is_cuda and sys.modules["torch"].version.hip is None
+            return cuda and self._cupy() is not None
         if is_jax_array(x) and not is_traced(x):
             on_one = len(x.devices()) == 1 and next(iter(x.devices())).platform == "gpu"
             return on_one and self._cupy() is not None
@@ -102,11 +104,15 @@ class Machine:
             x = x.view(sys.modules["torch"].int16)
         return self._cupy().from_dlpack(x)
 
+    def contiguous(self, x: Array) -> Array:
+        """Return an array on the device C-contiguous, copied only where it is not."""
+        if is_torch_array(x):
+            return x.contiguous()
+        return self._cupy().ascontiguousarray(x) if is_cupy_array(x) else x
+
     def receive(self, x: Array) -> Any:
         """View an array as CuPy's, C-contiguous: copied only where it is not, or is NumPy's."""
-        if is_torch_array(x):
-            x = x.contiguous()
-        return self._cupy().ascontiguousarray(self.borrow(x) if self.holds(x) else x)
+        return self.borrow(self.contiguous(x)) if self.holds(x) else self._cupy().asarray(x)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Array:
         """Return an array for results, of the caller's library, or of CuPy where it cannot be.
@@ -125,6 +131,25 @@ class Machine:
         if is_jax_array(like):
             return sys.modules["jax"].numpy.from_dlpack(x)
         return x
+
+    def later(self, x: Array) -> Callable[[], Any]:
+        """Start copying a small array to the host; calling what is returned waits for it.
+
+        It waits for what was launched before this call, not for what was launched since.
+        """
+        import cupyx
+
+        with self.at(x):
+            there = cupyx.empty_pinned(x.shape, dtype_name(x.dtype))
+            self.borrow(x).get(out=there, blocking=False)
+            event = self._cupy().cuda.Event(block=True, disable_timing=True)
+            event.record()
+
+        def look() -> Any:
+            event.synchronize()
+            return there
+
+        return look
 
     @contextlib.contextmanager
     def at(self, x: Array) -> Iterator[None]:

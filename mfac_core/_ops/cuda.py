@@ -7,6 +7,7 @@ that results do not vary from run to run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,19 +79,19 @@ def is_contiguous(x: Array) -> bool:
 def project(g: Array, x: Array, home: Home) -> Array:
     """G x as float64 in ``home``; see :func:`mfac_core._ops.rows.project`."""
     with _cupy.machine.at(g):
-        return _sent_home(_project(g, x, None), home)
+        return _sent_home(_project(g, x, None, None), home)
 
 
-def exchange(g: Array, i: int, row: Array, home: Home) -> Array:
-    """Set G[i] = row, and return G row with the new row in G, in one read of G.
-
-    ``row`` must be of G's dtype.
-    """
+def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
+    """Set G[i] = row, of G's dtype; see :func:`mfac_core._ops.rows.exchange`."""
     with _cupy.machine.at(g):
-        return _sent_home(_project(g, row, i), home)
+        row = _cupy.machine.contiguous(row)
+        norm2 = _project(row[None, :], row, None, None)
+        products = _project(g, row, i, norm2)
+        return _sent_home(products, home), _sent_home(norm2, home)
 
 
-def _project(g: Array, x: Array, slot: int | None) -> Array:
+def _project(g: Array, x: Array, slot: int | None, norm2: Array | None) -> Array:
     m, d = g.shape
     columns = _columns(x)
     held, factor = _cupy.machine.borrow(g), _cupy.machine.receive(x)
@@ -118,6 +119,7 @@ def _project(g: Array, x: Array, slot: int | None) -> Array:
         np.int64(d),
         np.int64(chunk),
         np.int32(-1 if slot is None else slot),
+        _cupy.machine.borrow(partial if norm2 is None else norm2),
     )
     return _sum(partial, None, 0.0, (m, *x.shape[1:]), "float64", g)
 
@@ -232,6 +234,11 @@ def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Ar
 def serves_diagonal(whitened: Array, columns: Array) -> bool:
     """Whether kernels take a block of columns, and the whitened block in either order."""
     return serves(columns) and (serves(whitened) or serves(whitened.T))
+
+
+def later(x: Array) -> Callable[[], Any]:
+    """See :func:`mfac_core._ops.dense.later`."""
+    return _cupy.machine.later(x)
 
 
 def clamped_diagonal(

@@ -8,7 +8,7 @@ whose products are always float64; all others take the array-API path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mfac_core._arrays import Array, Home, has_float64, is_jax_array, is_numpy_array
@@ -65,13 +65,22 @@ def square_norm(g: Array, home: Home) -> float:
     return _generic.square_norm(g, width=width, home=home)
 
 
+def always_exact(g: Array) -> bool:
+    """Whether products with G run in float64 whatever ``exact`` says: those of the kernels do."""
+    return not is_jax_array(g) and cuda.serves(g)
+
+
 def exchanges(g: Array, row: Array) -> bool:
     """Whether :func:`exchange` takes G and the new row."""
     return not is_jax_array(g) and g.dtype == row.dtype and cuda.serves_product(g, row)
 
 
-def exchange(g: Array, i: int, row: Array, home: Home) -> Array:
-    """Set G[i] = row in place and return G row, with the new row in G; one read of G."""
+def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
+    """Set G[i] = row in place and return G row, with the new row in G, and ‖row‖², shape (1,).
+
+    One read of G, on a device, without waiting for it. Where ‖row‖² is not finite G stays as it is,
+    and the product is with the row that stays.
+    """
     return cuda.exchange(g, i, row, home)
 
 
@@ -81,3 +90,8 @@ def write(g: Array, i: int, row: Array) -> Array:
         g[i] = row
         return g
     return _generic.write(g, i, row)
+
+
+def later(x: Array) -> Callable[[], Any]:
+    """Start copying a small array from a device; calling what is returned waits for it."""
+    return cuda.later(x)

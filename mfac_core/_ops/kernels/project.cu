@@ -6,7 +6,9 @@
 //
 // With EXCHANGE, x is a new gradient in the storage type: row `slot` of G is not read but replaced
 // by it, in the same pass, and its product is that of the new row with itself, the square norm.
-// A block whose rows hold the slot is the only one to touch that row's chunk.
+// The block whose rows hold the slot is the only one to touch that row's chunk. Where `norm2`, the
+// square norm computed before, is not finite, nothing is written, and the product is that of G with
+// the old row: as if it had been exchanged for itself.
 #include "common.cuh"
 
 #ifdef EXCHANGE
@@ -24,11 +26,18 @@ constexpr int UNROLL = 4 / WIDTH;  // enough loads in flight, and few registers
 // partial: (chunks, m, COLUMNS); x: (d, COLUMNS). Grid: groups of rows × chunks.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 project(rows_t G, const X_T* __restrict__ x, double* __restrict__ partial, int m, i64 d, i64 chunk,
-        int slot) {
+        int slot, const double* __restrict__ norm2) {
     __shared__ double of_warp[WARPS][SUMS];
     const int first = blockIdx.x * ROWS;
     const i64 start = blockIdx.y * chunk;
     const i64 end = smaller(start + chunk, d);
+
+#ifdef EXCHANGE
+    const bool accepted = isfinite(*norm2);
+    const X_T* factor = accepted ? x : G + slot * d;
+#else
+    const X_T* factor = x;
+#endif
 
     const G_T* rows[ROWS];
 #pragma unroll
@@ -37,7 +46,7 @@ project(rows_t G, const X_T* __restrict__ x, double* __restrict__ partial, int m
         const int row = smaller(first + r, m - 1);
         rows[r] = G + row * d;
 #ifdef EXCHANGE
-        if (row == slot) rows[r] = x;
+        if (row == slot) rows[r] = factor;
 #endif
     }
 
@@ -45,7 +54,7 @@ project(rows_t G, const X_T* __restrict__ x, double* __restrict__ partial, int m
 #pragma unroll UNROLL
     for (i64 k = start + threadIdx.x * WIDTH; k < end; k += THREADS * WIDTH) {
         double xs[WIDTH * COLUMNS];
-        load<WIDTH * COLUMNS, (WIDTH > 1)>(x + k * COLUMNS, xs);
+        load<WIDTH * COLUMNS, (WIDTH > 1)>(factor + k * COLUMNS, xs);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             double g[WIDTH];
@@ -56,7 +65,8 @@ project(rows_t G, const X_T* __restrict__ x, double* __restrict__ partial, int m
                 for (int c = 0; c < COLUMNS; ++c) sums[r][c] += g[j] * xs[j * COLUMNS + c];
         }
 #ifdef EXCHANGE
-        if (first <= slot && slot < first + ROWS) store<WIDTH, (WIDTH > 1)>(xs, G + slot * d + k);
+        if (accepted && first <= slot && slot < first + ROWS)
+            store<WIDTH, (WIDTH > 1)>(xs, G + slot * d + k);
 #endif
     }
 

@@ -23,6 +23,8 @@
 #define CPU_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
 #define CPU_EXPORT __attribute__((visibility("default")))
 
+using std::isfinite;
+
 struct uint3 {
     unsigned x, y, z;
 };

@@ -10,7 +10,7 @@ replacements.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import array_api_extra as xpx
@@ -53,6 +53,7 @@ class Dual:
         self._inverse: Array | None = None
         self._replaced = 0  # rows replaced since K was computed
         self._probe: Array | None = None  # last vector of the power iteration
+        self._doubt: Callable[[], Any] | None = None  # tells whether K is to be given up
 
     def __len__(self) -> int:
         return int(self.gram.shape[0])
@@ -72,7 +73,7 @@ class Dual:
 
     def forget(self) -> None:
         """Drop what was derived from the matrix."""
-        self._factor = self._inverse = self._probe = None
+        self._factor = self._inverse = self._probe = self._doubt = None
         self._replaced = 0
 
     def grow(self) -> None:
@@ -85,13 +86,20 @@ class Dual:
 
     def replace(self, i: int, row: Array) -> None:
         """Exchange row and column i of the Gram; O(m²) where an inverse is known."""
+        self.doubtful()
         if self._inverse is None and self._factor is not None:
             self._inverse = dense.inverse(self.home, self._matrix(self.shift))
             self._replaced = 0
         self._factor = None
+        if self._inverse is not None and self._replaced >= max(len(self), 16):
+            self._inverse = None
         if self._inverse is not None:
-            self._inverse = self._replaced_inverse(self._inverse, i, row)
             self._replaced += 1
+            if dense.replaces(self._inverse, self.gram, row):
+                self._failed = dense.replace(self._inverse, self.gram, i, row, self.shift)
+                self._doubt = dense.later(self._failed)
+                return
+            self._inverse = self._replaced_inverse(self._inverse, i, row)
         self.gram[i, :] = row
         self.gram[:, i] = row
 
@@ -101,8 +109,6 @@ class Dual:
         With k = K eᵢ the deletion is K − k kᵀ/kᵢᵢ. With b the new row without its diagonal entry,
         u = K_deleted b and s = Aᵢᵢ − bᵀu the insertion adds v vᵀ/s, v = u − eᵢ.
         """
-        if self._replaced >= max(len(self), 16):
-            return None
         k = self.home.xp.asarray(inverse[:, i], copy=True)
         b = self.home.xp.asarray(row, copy=True)
         b[i] = 0.0
@@ -126,6 +132,7 @@ class Dual:
 
     def solve(self, b: Array) -> Array:
         """A⁻¹b for b of shape (m,) or (m, k)."""
+        self.doubtful()
         if self._inverse is not None:
             y = self._refined(b, self._inverse @ b)
             if y is not None:
@@ -134,15 +141,30 @@ class Dual:
         return dense.cholesky_solve(self.home, self.factor(), b)
 
     def column(self, i: int) -> Array:
-        """A⁻¹eᵢ, shape (m,)."""
+        """A⁻¹eᵢ, shape (m,); to be asked for again where :meth:`doubtful` then says so."""
         e = self.home.zeros(len(self))
         e[i] = 1.0
+        if self._doubt is not None and self._inverse is not None:
+            return self._refined_unseen(e, self._inverse[:, i])
         if self._inverse is not None:
             y = self._refined(e, self._inverse[:, i])
             if y is not None:
                 return y
             self._inverse = None
         return dense.cholesky_solve(self.home, self.factor(), e)
+
+    def doubtful(self) -> bool:
+        """Whether a device has found K too far from A⁻¹, which is then given up.
+
+        Waits for the checks that follow a replacement there; on the host they have been made.
+        """
+        if self._doubt is None:
+            return False
+        doubt, self._doubt = self._doubt, None
+        if doubt()[0]:
+            self._inverse = None
+            return True
+        return False
 
     def factor(self) -> Array:
         """Return the lower triangular Cholesky factor of A."""
@@ -178,6 +200,7 @@ class Dual:
 
         O(m²) where the inverse or the factor is known.
         """
+        self.doubtful()
         if self._inverse is None and not self._is_definite():
             return math.inf
         n = len(self)
@@ -230,6 +253,15 @@ class Dual:
             return y
         return y + self._correction(b, y)
 
+    def _refined_unseen(self, b: Array, y: Array) -> Array:
+        """Correct y ≈ A⁻¹b twice by K, on a device, without waiting for what its checks say."""
+        xp = self.home.xp
+        correction = self._correction(b, y)
+        sound = xp.sum(correction * correction) <= LARGEST_CORRECTION**2 * xp.sum(y * y)
+        self._doubt = dense.later(xp.astype(~sound, xp.int32)[None] + self._failed)
+        y = y + correction
+        return y + self._correction(b, y)
+
     def _correction(self, b: Array, y: Array) -> Array:
         return self._inverse @ (b - self.gram @ y - self.shift * y)
 
@@ -237,6 +269,7 @@ class Dual:
 
     def state(self) -> dict[str, Any]:
         """Return NumPy copies of all that later results depend on, bit for bit."""
+        self.doubtful()
         inverse = self.home.zeros((0, 0)) if self._inverse is None else self._inverse
         probe = self.home.zeros(0) if self._probe is None else self._probe
         return {

@@ -10,6 +10,7 @@ from mfac_core import _traced
 from mfac_core._arrays import Array, is_traced, promote, send, to_numpy, widen
 from mfac_core._dual import Dual
 from mfac_core._lowrank import LowRankOperator
+from mfac_core._ops import dense
 from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW
 
 LARGEST_DIAGONAL_ROUNDING = 1e-5
@@ -133,12 +134,12 @@ class DampedInverse(LowRankOperator):
         self._settle()
         parts, smallest = [], 1.0
         for home, block in self._rows.wide_blocks():
-            xp, whitened = home.xp, self._dual.whiten(block, home)
-            rest = 1.0 - xp.sum(whitened * whitened, axis=0)
-            fisher = self._damping + xp.sum(block * block, axis=0) / self._divisor
-            smallest = min(smallest, float(xp.min(rest)))
-            clamped = xp.clip(rest / self._damping, 1.0 / fisher, 1.0 / self._damping)
-            parts.append(to_numpy(clamped))
+            whitened = self._dual.whiten(block, home)
+            diagonal, rest = dense.clamped_diagonal(
+                home, whitened, block, self._damping, self._divisor
+            )
+            smallest = min(smallest, float(home.xp.min(rest)))
+            parts.append(to_numpy(diagonal))
         return np.concatenate(parts), max(smallest, 0.0)
 
     def _sample(self, n: int, rng: np.random.Generator) -> Array:

@@ -88,7 +88,7 @@ def _fill(window: SlidingInverseFisher, state: Mapping[str, Any]) -> None:
     rows = window._rows
     for i in range(used):
         rows.write(i, send(gradients[i, :], rows.array, rows.dtype))
-    rows.exact = bool(state["exact"])
+    rows.exact = bool(state["exact"]) or window._always_exact
     window._slots = slots
     window._exact_steps = int(state["exact_steps"])
     window._reshift()

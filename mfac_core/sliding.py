@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, device
 from mfac_core._dual import Dual
 from mfac_core._inverse import DampedInverse
+from mfac_core._ops import rows as ops
 from mfac_core._rows import Reduce, Rows
 from mfac_core._storage import ArrayRows
 
@@ -85,6 +86,15 @@ class SlidingInverseFisher(DampedInverse):
 
     _rows: ArrayRows
     _largest_rounding = 2.0**-14  # every step would pay for float64 passes
+
+    _slots: list[int]
+    """Rows of the ring, oldest gradient first."""
+
+    _unseen: tuple[Callable[[], Any], list[int]] | None
+    """The last gradient's squared norm on its way from a device, and the rows held before it."""
+
+    _always_exact: bool
+    """Whether products with the ring run in float64 whatever is asked."""
 
     def __init__(
         self,
@@ -187,13 +197,19 @@ class SlidingInverseFisher(DampedInverse):
         -----
         One pass over the window and O(m²).
         """
-        g, norm2 = self._gradient_argument(g)
-        if len(self) < self.window_size:
-            slot = self._free_slot()
-            self._exchange(slot, g, norm2, [*self._slots, slot])
-        else:
+        self._append(g)
+        self._accept()
+
+    def _append(self, g: Array) -> None:
+        """Add a gradient; one whose norm has not been seen is still to be accepted."""
+        full = len(self) == self.window_size
+        g, norm2 = self._gradient_argument(g, unseen=full)
+        if full:
             oldest, *others = self._slots
             self._exchange(oldest, g, norm2, [*others, oldest])
+        else:
+            slot = self._free_slot()
+            self._exchange(slot, g, norm2, [*self._slots, slot])
 
     def replace(self, i: int, g: Array) -> None:
         """Exchange a gradient that is held; it keeps its age.
@@ -213,8 +229,9 @@ class SlidingInverseFisher(DampedInverse):
             See :meth:`append`.
         """
         i = check.index(i, "i", len(self))
-        g, norm2 = self._gradient_argument(g)
+        g, norm2 = self._gradient_argument(g, unseen=True)
         self._exchange(self._slots[i], g, norm2, self._slots)
+        self._accept()
 
     def remove(self, i: int) -> None:
         """Remove a gradient that is held.
@@ -257,12 +274,24 @@ class SlidingInverseFisher(DampedInverse):
         -----
         One pass over the window less than ``append`` and ``matvec``, and accurate for gradients
         that are nearly collinear or for tiny λ, since nothing is subtracted.
+
+        With the CUDA kernels a full window waits for the device once a step, when the last pass is
+        already under way: for whether ``g`` was finite and the dual's inverse still accurate. The
+        refactoring in about m steps waits more often.
         """
         dtype = getattr(g, "dtype", None)
-        self.append(g)
+        self._append(g)
         self._settle()
-        c = self._dual.column(self._slots[-1]) * self._divisor
-        exact = self._dual.cancellation(c) > LARGEST_CANCELLATION
+        y = self._of_held(self._slots[-1], dtype)
+        self._accept()
+        if self._dual.doubtful():
+            y = self._of_held(self._slots[-1], dtype)
+        return y
+
+    def _of_held(self, slot: int, dtype: Any) -> Array:
+        """F⁻¹g for the gradient in a slot, of which the dual may still have its doubts."""
+        c = self._dual.column(slot) * self._divisor
+        exact = self._always_exact or self._dual.cancellation(c) > LARGEST_CANCELLATION
         return self._rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
 
     def clear(self) -> None:
@@ -338,8 +367,11 @@ class SlidingInverseFisher(DampedInverse):
 
     # -- changes ---------------------------------------------------------------------------
 
-    def _gradient_argument(self, g: Any) -> tuple[Array, float]:
-        """Check a gradient and return it in the window's dtype, with its squared norm."""
+    def _gradient_argument(self, g: Any, *, unseen: bool) -> tuple[Array, float | None]:
+        """Check a gradient and return it in the window's dtype, with its squared norm.
+
+        With ``unseen``, where a device computes the norm as it exchanges rows, None stands for it.
+        """
         g = check.vector_argument(g, "g", self.num_params)
         if self._allocated or self._given[0] is not None:
             check.beside(g, "g", self._rows.array)
@@ -347,16 +379,36 @@ class SlidingInverseFisher(DampedInverse):
         if g.dtype != dtype:
             with np.errstate(over="ignore"):  # an overflow is refused below, by name
                 g = array_namespace(g).astype(g, dtype)
+        if unseen and self._rows.exchanges(g):
+            return g, None
         norm2 = float(self._rows.square_norms(g))
+        self._refuse_nonfinite(norm2, dtype)
+        if not self._allocated:
+            self._allocate(g)
+        return g, norm2
+
+    def _refuse_nonfinite(self, norm2: float, dtype: Any) -> None:
         if not np.isfinite(norm2):
             msg = (
                 f"g must be finite in the window's dtype {dtype}, with a squared norm within "
                 "float64, got a NaN, an infinity or an overflow; skip or scale this gradient"
             )
             raise ValueError(msg)
-        if not self._allocated:
-            self._allocate(g)
-        return g, norm2
+
+    def _accept(self) -> None:
+        """Refuse the gradient exchanged last where its norm, unseen till now, is not finite.
+
+        The device has then kept the old row, and only the order of the rows is to be put back.
+        """
+        if self._unseen is None:
+            return
+        norm2, slots = self._unseen
+        self._unseen = None
+        try:
+            self._refuse_nonfinite(norm2()[0], self.dtype)
+        except ValueError:
+            self._slots = slots
+            raise
 
     @property
     def _allocated(self) -> bool:
@@ -370,13 +422,17 @@ class SlidingInverseFisher(DampedInverse):
     def _hold(self, ring: Array) -> None:
         """Start with no gradients in the rows of ``ring``."""
         self._rows = ArrayRows(ring, used=0, reduce=self._reduce)
-        self._slots: list[int] = []  # rows of the ring, oldest gradient first
+        self._slots = []
         self._dual = Dual(self._rows.home.zeros((0, 0)), self._shift, self._rows.home)
+        self._unseen = None
         self._exact_steps = 0  # exchanges since the last look whether float32 would do
+        self._always_exact = self._rows.exact = ops.always_exact(ring)
         self._checked = True
 
     def _settle(self) -> None:
         super()._settle()
+        if self._always_exact:
+            return
         if self._rows.exact and self._exact_steps >= self.window_size:
             # The ill-conditioned gradients may have left. Asking once in a window's length keeps
             # the cost of a Gram computed anew in float64, should they return, below a pass a step.
@@ -387,23 +443,19 @@ class SlidingInverseFisher(DampedInverse):
         held = set(self._slots)
         return next(slot for slot in range(self.window_size) if slot not in held)
 
-    def _exchange(self, slot: int, g: Array, norm2: float, slots: list[int]) -> None:
+    def _exchange(self, slot: int, g: Array, norm2: float | None, slots: list[int]) -> None:
         """Write ``g`` into a row of the ring, and let ``slots`` be the rows held from now on."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            products = self._rows.project(g)
-        if not bool(self._rows.home.xp.all(self._rows.home.xp.isfinite(products))):
-            self._rows.exact = True  # finite rows whose products overflow float32
-            products = self._rows.project(g)
-        used = self._rows.used
-        row = self._rows.home.zeros(max(used, slot + 1))
-        row[:used] = products
-        row[slot] = norm2
-        if slot == used:
+        grows = slot == self._rows.used
+        if norm2 is None:
+            row, there = self._rows.exchange_unseen(slot, g)
+            self._unseen = (ops.later(there), self._slots)
+        else:
+            row = self._rows.exchange(slot, g, norm2)
+        if grows:
             self._dual.grow()
         self._slots = slots
         self._reshift()
         self._dual.replace(slot, row)
-        self._rows.write(slot, g)
         self._checked = False
         self._exact_steps += self._rows.exact
 

@@ -19,6 +19,26 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave tests on a CUDA device to those who ask for them."""
+    if "gpu" in config.option.markexpr:
+        return
+    left = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+    config.stash[LEFT_FOR_GPU] = len(left)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say why tests were deselected."""
+    if left := config.stash.get(LEFT_FOR_GPU, 0):
+        line = f"{left} tests need a CUDA device: run them on one with 'python -m pytest -m gpu'"
+        terminalreporter.write_line(line)
+
+
+LEFT_FOR_GPU = pytest.StashKey[int]()
+
+
 @dataclass(frozen=True)
 class Backend:
     """An array library, with the device its arrays are made on."""

@@ -28,3 +28,12 @@ def test_benchmarks(name, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| what | against | measured |"
     assert len(lines) > 5
+
+
+def test_the_benchmark_of_a_card_says_what_it_needs():
+    import cupy
+
+    if cupy.cuda.is_available():
+        pytest.skip("there is a card here")
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        load("benchmarks/gpu.py").main(["--quick"])

@@ -8,6 +8,7 @@ so what is threaded goes through NumPy, as the passes over the gradients do.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import scipy
 from array_api_compat import is_cupy_namespace, is_torch_namespace
 
 from mfac_core._arrays import Array, Home
+from mfac_core._ops import cuda
 
 UPDATE_ROWS = 64
 """Rows of a rank-two update at a time: the product they are added to stays in cache."""
@@ -52,7 +54,8 @@ def cholesky_solve(home: Home, factor: Array, b: Array) -> Array:
 def inverse(home: Home, a: Array) -> Array:
     """Return the inverse of a symmetric positive definite matrix, symmetric to the last bit."""
     full = home.xp.linalg.inv(a)
-    return (full + full.T) / 2
+    full = (full + full.T) / 2
+    return full if cuda.is_contiguous(full) else full.T  # the same, as the kernels read it
 
 
 def add_rank_two(home: Home, a: Array, p: Array, signs: tuple[float, float]) -> Array:
@@ -65,6 +68,39 @@ def add_rank_two(home: Home, a: Array, p: Array, signs: tuple[float, float]) -> 
     for start in range(0, len(a), UPDATE_ROWS):
         a[start : start + UPDATE_ROWS] += scaled[start : start + UPDATE_ROWS] @ transposed
     return a
+
+
+def replaces(inverse: Array, gram: Array, row: Array) -> bool:
+    """Whether :func:`replace` takes these matrices."""
+    return cuda.serves(inverse, gram, row)
+
+
+def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Array:
+    """Exchange row and column i of the Gram, and of (shift·I + Gram)⁻¹, in place, on the device.
+
+    Returns an int32 array there: [0], or [1] where rounding forbade it and the inverse stayed.
+    """
+    return cuda.replace(inverse, gram, i, row, shift)
+
+
+def later(x: Array) -> Callable[[], Any]:
+    """Start copying a small array from a device; calling what is returned waits for it."""
+    return cuda.later(x)
+
+
+def clamped_diagonal(
+    home: Home, whitened: Array, columns: Array, damping: float, divisor: float
+) -> tuple[Array, Array]:
+    """Return (1 − Σ W²)/λ, held to [1/Fᵢᵢ, 1/λ], and 1 − Σ W², for W = L⁻¹G, column by column.
+
+    F_ii is λ + Σ G²/divisor.
+    """
+    if cuda.serves_diagonal(whitened, columns):
+        return cuda.clamped_diagonal(whitened, columns, damping, divisor)
+    xp = home.xp
+    rest = 1.0 - xp.sum(whitened * whitened, axis=0)
+    fisher = damping + xp.sum(columns * columns, axis=0) / divisor
+    return xp.clip(rest / damping, 1.0 / fisher, 1.0 / damping), rest
 
 
 def _solve_triangular(home: Home, a: Array, b: Array, *, lower: bool) -> Array:

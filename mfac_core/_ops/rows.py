@@ -2,19 +2,30 @@
 
 Products of float32 and 16-bit rows run in float32, block of columns by block of columns, and are
 summed in float64; with ``exact=True`` they run in float64 as a whole. NumPy arrays take the BLAS
-path, which works through one buffer; other arrays take the array-API path.
+path, which works through one buffer; arrays on a CUDA device within CuPy's reach take the kernels,
+whose products are always float64; all others take the array-API path.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from mfac_core._arrays import Array, Home, home_of, is_numpy_array, to_numpy
-from mfac_core._ops import _blas, _generic
+from mfac_core._arrays import (
+    Array,
+    Home,
+    array_namespace,
+    device,
+    has_float64,
+    home_of,
+    is_jax_array,
+    is_numpy_array,
+    to_numpy,
+)
+from mfac_core._ops import _blas, _generic, cuda
 from mfac_core._ops._blocks import column_slices as column_slices
 from mfac_core._ops._blocks import wide_columns as wide_columns
 
@@ -32,6 +43,8 @@ def project(g: Array, x: Array, *, exact: bool, home: Home) -> Array:
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
         return _blas.project(g, x, exact=exact, width=width)
+    if cuda.serves_product(g, x):
+        return cuda.project(g, x, home)
     return _generic.project(g, x, exact=exact, width=width, home=home)
 
 
@@ -45,6 +58,8 @@ def combine(
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
         return _blas.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
+    if cuda.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
+        return cuda.combine(g, c, base, alpha, dtype=dtype)
     return _generic.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
 
 
@@ -59,6 +74,9 @@ def square_norms(x: Array) -> np.ndarray[Any, Any]:
 
     Not finite when x is not.
     """
+    if x.ndim == 1 and not is_numpy_array(x) and cuda.serves(x[None, :]):
+        there = Home(array_namespace(x), device(x))
+        return to_numpy(cuda.project(x[None, :], x, there)[0])
     home = home_of(x)
     total = home.zeros(x.shape[1:])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -68,9 +86,33 @@ def square_norms(x: Array) -> np.ndarray[Any, Any]:
     return to_numpy(total)
 
 
+def always_exact(g: Array) -> bool:
+    """Whether products with G run in float64 whatever ``exact`` says: those of the kernels do."""
+    return not is_jax_array(g) and cuda.serves(g)
+
+
+def exchanges(g: Array, row: Array) -> bool:
+    """Whether :func:`exchange` takes G and the new row."""
+    return not is_jax_array(g) and g.dtype == row.dtype and cuda.serves_product(g, row)
+
+
+def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
+    """Set G[i] = row in place and return G row, with the new row in G, and ‖row‖², shape (1,).
+
+    One read of G, on a device, without waiting for it. Where ‖row‖² is not finite G stays as it is,
+    and the product is with the row that stays.
+    """
+    return cuda.exchange(g, i, row, home)
+
+
 def write(g: Array, i: int, row: Array) -> Array:
     """Set G[i] = row, in place where the library can, and return G."""
     if is_numpy_array(g):
         g[i] = row
         return g
     return _generic.write(g, i, row)
+
+
+def later(x: Array) -> Callable[[], Any]:
+    """Start copying a small array from a device; calling what is returned waits for it."""
+    return cuda.later(x)

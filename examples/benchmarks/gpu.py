@@ -1,0 +1,222 @@
+"""What the CUDA kernels make of a card: Markdown on the terminal, JSON in a file.
+
+Each kernel is timed against its floor, the bytes it must move over the bandwidth of a plain copy
+measured in the same run, and against the libraries' way of doing the same. Times are medians by
+the device's own clock. Needs CuPy and a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mfac_core as mfac
+from mfac_core._arrays import home_of
+from mfac_core._ops import dense, rows
+
+Act = Callable[[], object]
+Row = dict[str, Any]
+GIB = 2**30
+
+
+def require_device() -> Any:
+    """Return CuPy, or say what is missing and leave."""
+    try:
+        import cupy
+    except ImportError:
+        sys.exit("this benchmark needs CuPy: python -m pip install 'mfac_core[cuda13]'")
+    if not cupy.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device, and CuPy sees none; nothing was measured")
+    return cupy
+
+
+class Card:
+    """A card, its clock, and how fast it copies."""
+
+    def __init__(self, cupy: Any, repeats: int) -> None:
+        self.cupy, self.repeats = cupy, repeats
+        size = min(2 * GIB, self.free() // 4)
+        source, target = (cupy.zeros(size // 4, "float32") for _ in range(2))
+        self.bytes_per_ms = 2 * source.nbytes / self.time(lambda: cupy.copyto(target, source))
+
+    def free(self) -> int:
+        """Return the bytes that can be allocated."""
+        self.cupy.get_default_memory_pool().free_all_blocks()
+        return int(self.cupy.cuda.runtime.memGetInfo()[0])
+
+    def time(self, act: Act) -> float:
+        """Return the median milliseconds of an act, after two to warm up."""
+        cuda, times = self.cupy.cuda, []
+        for repeat in range(self.repeats + 2):
+            start, end = cuda.Event(), cuda.Event()
+            start.record()
+            act()
+            end.record()
+            end.synchronize()
+            if repeat >= 2:
+                times.append(cuda.get_elapsed_time(start, end))
+        return statistics.median(times)
+
+    def compare(self, what: str, act: Act, size: float, others: dict[str, Act]) -> Row:
+        """Time an act that must move ``size`` bytes against its floor and against others."""
+        ms = self.time(act)
+        row: Row = {"what": what, "ms": ms}
+        if size:
+            row["floor_ms"] = size / self.bytes_per_ms
+            row["times_floor"] = ms / row["floor_ms"]
+        for name, other in others.items():
+            row["against"], row["other_ms"] = name, self.time(other)
+            row["times_other"] = ms / row["other_ms"]
+        return row
+
+    def random(self, m: int, d: int, dtype: str) -> Any:
+        """Return random rows of norm about 1, in a dtype; bfloat16 by its bits."""
+        scale = self.cupy.float32(d**-0.5)
+        if dtype == "bfloat16":
+            import ml_dtypes
+
+            g = self.cupy.empty((m, d), ml_dtypes.bfloat16)
+        else:
+            g = self.cupy.empty((m, d), dtype)
+        for i in range(m):
+            row = self.cupy.random.standard_normal(d, dtype="float32") * scale
+            if dtype == "bfloat16":  # cut to its upper half
+                bits = (row.view("uint32") >> 16).astype("uint16")
+                g.view("uint16")[i] = bits
+            else:
+                g[i] = row
+        return g
+
+
+def passes(card: Card, m: int, d: int, dtype: str) -> list[Row]:
+    """Time the two passes over G."""
+    cupy = card.cupy
+    g = card.random(m, d, dtype)
+    x, home = g[0].copy(), home_of(g)
+    c = cupy.random.standard_normal(m)
+    what = f"m {m}, d {d:,}, {dtype}"
+    libraries = dtype != "bfloat16"  # CuPy multiplies no matrices of it
+    weights = c.astype(dtype) if libraries else None
+    gemv: dict[str, Act] = {"cuBLAS, G x": lambda: g @ x} if libraries else {}
+    back: dict[str, Act] = {"cuBLAS, Gᵀc": lambda: g.T @ weights} if libraries else {}
+    return [
+        card.compare(
+            f"project, {what}",
+            lambda: rows.project(g, x, exact=False, home=home),
+            g.nbytes,
+            gemv,
+        ),
+        card.compare(f"exchange, {what}", lambda: rows.exchange(g, 3, x, home), g.nbytes, gemv),
+        card.compare(
+            f"combine, {what}",
+            lambda: rows.combine(g, c, x, 2.0, dtype=g.dtype, exact=False),
+            g.nbytes,
+            back,
+        ),
+    ]
+
+
+def dual_update(card: Card, m: int) -> list[Row]:
+    """Time the exchange of a row of the dual and its inverse, against factoring it anew."""
+    cupy = card.cupy
+    g = cupy.random.standard_normal((m, 2 * m)) / (2 * m) ** 0.5
+    gram, identity = g @ g.T, cupy.eye(m)
+    inverse = cupy.linalg.inv(gram + identity)
+    inverse = cupy.ascontiguousarray((inverse + inverse.T) / 2)
+    row = gram[5].copy()
+    against: dict[str, Act] = {
+        "cuSOLVER, a Cholesky": lambda: cupy.linalg.cholesky(gram + identity)
+    }
+    return [
+        card.compare(
+            f"update of the dual, m {m}",
+            lambda: dense.replace(inverse, gram, 5, row, 1.0),
+            2 * inverse.nbytes,
+            against,
+        )
+    ]
+
+
+def window_step(card: Card, m: int, d: int, dtype: str) -> list[Row]:
+    """Time a step of a full window against two reads of G."""
+    g = card.random(2, d, dtype)
+    window = mfac.SlidingInverseFisher(d, m, damping=1e-3)
+    noise = card.random(1, d, dtype)[0]
+    for i in range(m + 2):
+        # Rolled by a prime each time, one random row serves as many.
+        window.append(card.cupy.roll(noise, 7919 * i))
+    steps = iter(range(10**9))
+    size = 2 * m * d * g.itemsize
+    del g
+
+    def step() -> object:
+        return window.append_matvec(card.cupy.roll(noise, 104_729 * next(steps)))
+
+    return [card.compare(f"append_matvec, m {m}, d {d:,}, {dtype}", step, size, {})]
+
+
+def static_setup(card: Card, m: int, d: int) -> list[Row]:
+    """Time the static set-up; its rate is d·m² operations over the time."""
+    cupy = card.cupy
+    g = card.random(m, d, "float32")
+    square = cupy.random.standard_normal((8192, 8192), dtype="float32")
+    gemm = 2 * 8192**3 / card.time(lambda: square @ square)
+    row = card.compare(
+        f"static set-up, m {m}, d {d:,}", lambda: mfac.InverseFisher(g, damping=1e-3), 0, {}
+    )
+    row["share_of_gemm_rate"] = d * m * m / row["ms"] / gemm
+    return [row]
+
+
+def markdown(results: list[Row]) -> str:
+    """Return the results as a table."""
+    lines = ["| what | ms | × floor | against | × its time |", "| --- | --- | --- | --- | --- |"]
+    for row in results:
+        floor = f"{row['times_floor']:.2f}" if "times_floor" in row else ""
+        other = f"{row['times_other']:.2f}" if "times_other" in row else ""
+        if "share_of_gemm_rate" in row:
+            floor = f"{row['share_of_gemm_rate']:.0%} of the GEMM rate"
+        lines.append(
+            f"| {row['what']} | {row['ms']:.3f} | {floor} | {row.get('against', '')} | {other} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    options = parser.parse_args(argv)
+    cupy = require_device()
+    card = Card(cupy, repeats=3 if options.quick else 20)
+    m = 64 if options.quick else 1024
+    results: list[Row] = []
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        largest = card.free() * 7 // 10 // (size * m)
+        sizes = [270_000] if options.quick else [270_000, 11_000_000, largest - largest % 8]
+        for d in sizes:
+            if d <= largest:
+                results += passes(card, m, d, dtype)
+                results += window_step(card, m, d, dtype)
+    results += dual_update(card, m)
+    results += static_setup(card, m, 100_000 if options.quick else 10_000_000)
+    device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    report = {
+        "device": device,
+        "copy_bytes_per_ms": card.bytes_per_ms,
+        "cupy": cupy.__version__,
+        "cuda": cupy.cuda.runtime.runtimeGetVersion(),
+        "results": results,
+    }
+    options.output.write_text(json.dumps(report, indent=1))
+    print(f"{device}, copying {card.bytes_per_ms / 1e9:.2f} TB/s\n\n{markdown(results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What the kernels ask of CuPy: compiled modules, arrays without copies, the caller's stream.
+
+CuPy is looked for in ``sys.modules`` and imported only when an array on a CUDA device of another
+library arrives. Tests put another machine in the place of :data:`machine`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.resources
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mfac_core._arrays import (
+    Array,
+    is_cupy_array,
+    is_jax_array,
+    is_torch_array,
+    is_traced,
+)
+
+STORAGE = {
+    "float32": "float",
+    "float64": "double",
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+}
+"""The dtypes kernels read and write, and their names in CUDA."""
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return a dtype's name without its library: ``torch.float32`` is ``float32``."""
+    return str(dtype).rsplit(".", 1)[-1]
+
+
+@functools.cache
+def source(name: str) -> str:
+    """Return a kernel's source with the shared header inlined.
+
+    CuPy's cache of compiled kernels knows the text it is given, not what that text includes.
+    ``#line`` keeps the compiler's messages pointing at the real files.
+    """
+    kernels = importlib.resources.files("mfac_core._ops").joinpath("kernels")
+    include = '#include "common.cuh"\n'
+    before, after = kernels.joinpath(name).read_text(encoding="utf-8").split(include)
+    header = kernels.joinpath("common.cuh").read_text(encoding="utf-8")
+    return (
+        f'#line 1 "{name}"\n{before}#line 1 "common.cuh"\n{header}'
+        f'#line {before.count(chr(10)) + 2} "{name}"\n{after}'
+    )
+
+
+def options(macros: dict[str, Any]) -> tuple[str, ...]:
+    """Return the compiler's options for a kernel with these macros."""
+    given = [f"-D{key}={value}" for key, value in macros.items()]
+    if "__half" in macros.values():
+        given.append("-DUSE_FP16")
+    if "__nv_bfloat16" in macros.values():
+        given.append("-DUSE_BF16")
+    return ("-std=c++17", *given)
+
+
+class Machine:
+    """CuPy and the device behind it."""
+
+    def holds(self, x: Array) -> bool:
+        """Whether ``x`` is in the memory of a CUDA device and CuPy is there to reach it."""
+        if is_cupy_array(x):
+            return True
+        if is_torch_array(x):
+            # What PyTorch calls CUDA may be ROCm.
+            cuda = x.is_cuda and sys.modules["torch"].version.hip is None
+            return cuda and self._cupy() is not None
+        if is_jax_array(x) and not is_traced(x):
+            on_one = len(x.devices()) == 1 and next(iter(x.devices())).platform == "gpu"
+            return on_one and self._cupy() is not None
+        return False
+
+    @functools.cached_property
+    def _imported(self) -> Any:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module("cupy")
+        return None
+
+    def _cupy(self) -> Any:
+        return sys.modules.get("cupy") or self._imported
+
+    def device(self) -> int:
+        """Return the number of the current device."""
+        return int(self._cupy().cuda.runtime.getDevice())
+
+    def module(self, code: str, given: tuple[str, ...]) -> Any:
+        """Compile a source for the current device; CuPy keeps the result on disk."""
+        return self._cupy().RawModule(code=code, options=given)
+
+    def borrow(self, x: Array) -> Any:
+        """View an array on the device as CuPy's, by DLPack, without a copy."""
+        if is_cupy_array(x):
+            return x
+        if is_torch_array(x) and dtype_name(x.dtype) == "bfloat16":  # kernels read only its bits
+            x = x.view(sys.modules["torch"].int16)
+        return self._cupy().from_dlpack(x)
+
+    def contiguous(self, x: Array) -> Array:
+        """Return an array on the device C-contiguous, copied only where it is not."""
+        if is_torch_array(x):
+            return x.contiguous()
+        return self._cupy().ascontiguousarray(x) if is_cupy_array(x) else x
+
+    def receive(self, x: Array) -> Any:
+        """View an array as CuPy's, C-contiguous: copied only where it is not, or is NumPy's."""
+        return self.borrow(self.contiguous(x)) if self.holds(x) else self._cupy().asarray(x)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Array:
+        """Return an array for results, of the caller's library, or of CuPy where it cannot be.
+
+        JAX's arrays are not to be written to.
+        """
+        if is_torch_array(like):
+            torch = sys.modules["torch"]
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        if dtype == "bfloat16":
+            return self._cupy().empty(shape, importlib.import_module("ml_dtypes").bfloat16)
+        return self._cupy().empty(shape, dtype)
+
+    def give_back(self, x: Array, like: Array) -> Array:
+        """Return a result in the caller's library."""
+        if is_jax_array(like):
+            return sys.modules["jax"].numpy.from_dlpack(x)
+        return x
+
+    def later(self, x: Array) -> Callable[[], Any]:
+        """Start copying a small array to the host; calling what is returned waits for it.
+
+        It waits for what was launched before this call, not for what was launched since.
+        """
+        import cupyx
+
+        with self.at(x):
+            there = cupyx.empty_pinned(x.shape, dtype_name(x.dtype))
+            self.borrow(x).get(out=there, blocking=False)
+            event = self._cupy().cuda.Event(block=True, disable_timing=True)
+            event.record()
+
+        def look() -> Any:
+            event.synchronize()
+            return there
+
+        return look
+
+    @contextlib.contextmanager
+    def at(self, x: Array) -> Iterator[None]:
+        """Launch on the device of ``x``, and on the stream its library is using there."""
+        cuda = self._cupy().cuda
+        if is_cupy_array(x):
+            with x.device:
+                yield
+        elif is_torch_array(x):
+            stream = sys.modules["torch"].cuda.current_stream(x.device)
+            with cuda.Device(x.device.index), cuda.ExternalStream(stream.cuda_stream):
+                yield
+        else:  # JAX orders its own streams with CuPy's where arrays change hands
+            with cuda.Device(next(iter(x.devices())).local_hardware_id):
+                yield
+
+
+machine = Machine()
+
+
+@functools.cache
+def kernel(
+    where: Machine, device: int, file: str, name: str, macros: tuple[tuple[str, Any], ...]
+) -> Any:
+    """Return a kernel, compiled when it is first asked for on a device."""
+    return where.module(source(file), options(dict(macros))).get_function(name)
+
+
+def launch(
+    file: str,
+    name: str,
+    macros: dict[str, Any],
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    *arguments: Any,
+) -> None:
+    """Launch a kernel on what ``Machine.at`` has chosen.
+
+    CuPy checks nothing: arrays must be contiguous and of the types the macros name, and numbers
+    NumPy scalars of the width the kernel declares.
+    """
+    found = kernel(machine, machine.device(), file, name, tuple(macros.items()))
+    found(grid, block, arguments)

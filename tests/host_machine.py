@@ -1,0 +1,89 @@
+"""The CPU in the place of a CUDA device: the library's own launches, on the host executor."""
+
+import contextlib
+from collections import Counter
+
+import ml_dtypes
+import numpy as np
+import torch
+from cuda_on_cpu import Module, host_array, host_view
+
+from mfac_core._arrays import is_cupy_array, is_torch_array
+from mfac_core._ops import _cupy
+
+NUMPY_DTYPES = {
+    "float32": np.dtype("float32"),
+    "float64": np.dtype("float64"),
+    "float16": np.dtype("float16"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int32": np.dtype("int32"),
+}
+
+
+class HostMachine(_cupy.Machine):
+    """Takes CuPy arrays over host memory, and PyTorch's CPU tensors as if they were on a device."""
+
+    def __init__(self, mode):
+        self.mode = mode
+        self.order = "forward"
+        self.seed = 0
+        self.launches = Counter()
+        self.looks = 0
+
+    def holds(self, x):
+        return is_cupy_array(x) or is_torch_array(x)
+
+    def device(self):
+        return 0
+
+    def module(self, code, given):
+        return _Recording(self, Module(code, given, self.mode))
+
+    def borrow(self, x):
+        if is_cupy_array(x):
+            assert x.flags.c_contiguous
+            return x
+        assert x.is_contiguous()
+        if x.dtype == torch.bfloat16:
+            x = x.view(torch.int16)
+        return host_array(x.numpy())
+
+    def contiguous(self, x):
+        if is_torch_array(x):
+            return x.contiguous()
+        return host_array(host_view(x))
+
+    def receive(self, x):
+        return self.borrow(self.contiguous(x))
+
+    def empty(self, shape, dtype, like):
+        if is_torch_array(like):
+            fill = -1 if dtype == "int32" else float("nan")
+            return torch.full(shape, fill, dtype=getattr(torch, dtype))
+        fill = -1 if dtype == "int32" else np.nan
+        return host_array(np.full(shape, fill, NUMPY_DTYPES[dtype]))
+
+    def later(self, x):
+        self.looks += 1
+        return lambda: np.array(host_view(self.borrow(x)))
+
+    @contextlib.contextmanager
+    def at(self, x):
+        yield
+
+
+class _Recording:
+    """A module whose kernels run in the machine's order and are counted."""
+
+    def __init__(self, machine, module):
+        self.machine, self.module = machine, module
+
+    def get_function(self, name):
+        kernel = self.module.get_function(name)
+
+        def launch(grid, block, arguments):
+            kernel.order, kernel.seed = self.machine.order, self.machine.seed
+            self.machine.launches[name] += 1
+            kernel(grid, block, arguments)
+
+        return launch

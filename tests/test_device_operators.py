@@ -1,0 +1,222 @@
+"""Whole operators as on a CUDA device: PyTorch tensors as the carrier, the host as the device.
+
+The m-sized half lives in the tensors' library, as on a device, and every pass goes through the
+library's dispatch to the kernels. Oracles are dense float64 inverses.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import numpy64, relative_error
+from host_machine import HostMachine
+
+import mfac_core as mfac
+from mfac_core import _rows
+from mfac_core._arrays import Home
+from mfac_core._ops import _cupy, _generic, cuda, rows
+from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A machine that holds PyTorch's tensors, with a home of PyTorch's."""
+    machine = HostMachine("check")
+    monkeypatch.setattr(_cupy, "machine", machine)
+    namespace = _namespace()
+    for module in (_rows, rows):
+        monkeypatch.setattr(module, "home_of", lambda x: Home(namespace, torch.device("cpu")))
+    return machine
+
+
+def _namespace():
+    from array_api_compat import torch as namespace
+
+    return namespace
+
+
+def tensor(x, dtype):
+    return torch.from_numpy(np.array(x, dtype="float64")).to(getattr(torch, dtype))
+
+
+def only_kernels(monkeypatch, *names):
+    """Let passes over the gradients that a kernel should take fail on the generic path."""
+    for name in names:
+        monkeypatch.setattr(_generic, name, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_static_inverse(device, monkeypatch, rng, dtype):
+    g = tensor(rng.standard_normal((7, 45)), dtype)
+    inverse = mfac.InverseFisher(g, damping=0.3)
+    only_kernels(monkeypatch, "project", "combine")
+    dense = dense_inverse(g, damping=0.3)
+    bound = error_bound(g, damping=0.3)
+    x = tensor(rng.standard_normal((45, 3)), dtype)
+    for y, expected in [
+        (inverse @ x[:, 0].contiguous(), dense @ numpy64(x[:, 0])),
+        (inverse @ x, dense @ numpy64(x)),
+        (inverse.diagonal(), np.diagonal(dense)),
+        (inverse.matvec(x[:, 0].contiguous(), refine=1), dense @ numpy64(x[:, 0])),
+    ]:
+        assert y.dtype == g.dtype
+        assert relative_error(y, expected) <= bound
+    assert set(device.launches) == {"project", "sum_parts", "combine", "clamped_diagonal"}
+
+
+@pytest.mark.parametrize("normalization", ["count", "window"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sliding_window(device, monkeypatch, rng, dtype, normalization):
+    only_kernels(monkeypatch, "project", "combine", "write")
+    d, size = 23, 5
+    window = mfac.SlidingInverseFisher(d, size, damping=0.2, normalization=normalization)
+    rows = rng.standard_normal((14, d))
+    for step, row in enumerate(rows):
+        g = tensor(row, dtype)
+        y = window.append_matvec(g)
+        held = numpy64(tensor(rows[max(0, step + 1 - size) : step + 1], dtype))
+        assert (numpy64(window.gradients) == held).all()
+        divisor = size if normalization == "window" else len(held)
+        dense = dense_inverse(held, damping=0.2, divisor=divisor)
+        bound = error_bound(g[None, :], damping=0.2, divisor=divisor)
+        assert y.dtype == g.dtype
+        assert relative_error(y, dense @ held[-1]) <= bound
+    # Under "count" the shift moves with each gradient until the window is full.
+    assert device.launches["dual_update"] >= (9 if normalization == "count" else 12)
+    # The square norm and the exchange; the norm once before where a row is added.
+    assert device.launches["project"] == 2 * len(rows) + size
+
+
+def test_other_operations_of_a_window(device, rng):
+    window = mfac.SlidingInverseFisher(17, 5, damping=0.1)
+    rows = [tensor(row, "float32") for row in rng.standard_normal((9, 17))]
+    for g in rows[:7]:
+        window.append(g)
+    window.replace(1, rows[7])
+    window.remove(-2)
+    window.damping = 0.03
+    held = np.stack([numpy64(rows[i]) for i in (2, 7, 4, 6)])
+    assert (numpy64(window.gradients) == held).all()
+    bound = error_bound(held, damping=0.03, dtype="float32")
+    assert_operator_close(window, dense_inverse(held, damping=0.03), rtol=bound)
+    before = window.state_dict()
+    with pytest.raises(ValueError, match="g must be finite"):
+        window.append(torch.full((17,), torch.nan))
+    after = window.state_dict()
+    assert all(np.array_equal(np.asarray(before[k]), np.asarray(after[k])) for k in before)
+    restored = mfac.SlidingInverseFisher(17, 5, damping=1.0)
+    restored.load_state_dict(after)
+    assert (restored.append_matvec(rows[8]) == window.append_matvec(rows[8])).all()
+
+
+def full_window(rng, d=30, size=8):
+    """A window whose next step replaces a row in a known inverse, and the rows it holds."""
+    window = mfac.SlidingInverseFisher(d, size, damping=0.1)
+    rows = rng.standard_normal((size + 2, d))
+    for row in rows:
+        window.append_matvec(tensor(row, "float64"))
+    return window, list(rows[2:])
+
+
+VALUE_READS = ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "cpu")
+
+
+def test_a_step_of_a_full_window_waits_for_the_device_only_behind_its_last_pass(
+    device, monkeypatch, rng
+):
+    """Reading a value of a tensor would wait at once; `later` waits for what came before it."""
+    window, _ = full_window(rng)
+    events = []
+    for name in VALUE_READS:
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: events.append(name))
+    later, launch = device.later, cuda.launch
+
+    def recorded(x):
+        look = later(x)
+        return lambda: events.append("look") or look()
+
+    monkeypatch.setattr(device, "later", recorded)
+    monkeypatch.setattr(cuda, "launch", lambda *args: events.append(args[1]) or launch(*args))
+    window.append_matvec(tensor(rng.standard_normal(30), "float64"))
+    behind = events[events.index("look") :]
+    before = events[: events.index("look")]
+    assert {"project", "dual_update", "combine"} <= set(before)
+    assert set(behind) == {"look"}
+    assert not set(VALUE_READS) & set(events)
+
+
+def test_a_strided_gradient(device, rng):
+    """A column of a matrix, into a window that fills and into one that is full."""
+    columns = tensor(rng.standard_normal((30, 12)), "bfloat16")
+    window = mfac.SlidingInverseFisher(30, 8, damping=0.1)
+    for i in range(12):
+        y = window.append_matvec(columns[:, i])
+    held = numpy64(columns[:, 4:]).T
+    assert (numpy64(window.gradients) == held).all()
+    expected = dense_inverse(held, damping=0.1) @ held[-1]
+    assert relative_error(y, expected) <= error_bound(columns.T, damping=0.1)
+    y = window @ columns[:, ::3]
+    expected = dense_inverse(held, damping=0.1) @ numpy64(columns[:, ::3])
+    assert relative_error(y, expected) <= error_bound(columns.T, damping=0.1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e200])
+@pytest.mark.parametrize("step", ["append", "append_matvec", "replace"])
+def test_a_gradient_refused_by_the_device_leaves_the_window(device, rng, step, value):
+    window, held = full_window(rng)
+    before = window.state_dict()
+    g = tensor(rng.standard_normal(30), "float64")
+    g[11] = value
+    with pytest.raises(ValueError, match="g must be finite"):
+        window.replace(3, g) if step == "replace" else getattr(window, step)(g)
+    after = window.state_dict()
+    for key in ("gradients", "gram", "slots"):
+        assert np.array_equal(np.asarray(before[key]), np.asarray(after[key]))
+    # The row that stayed was exchanged for itself, in the inverse too.
+    bound = error_bound(np.array(held), damping=0.1)
+    assert relative_error(after["inverse"], before["inverse"]) <= bound
+    row = rng.standard_normal(30)
+    y = window.append_matvec(tensor(row, "float64"))
+    held = np.array([*held[1:], row])
+    assert relative_error(y, dense_inverse(held, damping=0.1) @ row) <= bound
+
+
+@pytest.mark.parametrize("damage", ["scaled", "nan", "negative"])
+@pytest.mark.parametrize("what", ["append_matvec", "append, matvec"])
+def test_an_inverse_the_device_finds_wrong_is_given_up_in_the_same_step(device, rng, damage, what):
+    window, held = full_window(rng)
+    inverse = window._dual._inverse
+    if damage == "scaled":
+        inverse *= 1.01
+    else:
+        inverse += (np.nan if damage == "nan" else -100.0) * torch.eye(8, dtype=torch.float64)
+    row = rng.standard_normal(30)
+    held = np.array([*held[1:], row])
+    g = tensor(row, "float64")
+    if what == "append_matvec":
+        y = window.append_matvec(g)
+    else:
+        window.append(g)
+        y = window @ g
+    bound = error_bound(held, damping=0.1)
+    assert relative_error(y, dense_inverse(held, damping=0.1) @ row) <= bound
+    assert window._dual._inverse is None
+
+
+@pytest.mark.parametrize("normalization", ["count", "window"])
+def test_a_long_run_does_not_drift(device, rng, normalization):
+    d, size = 40, 12
+    window = mfac.SlidingInverseFisher(d, size, damping=1e-4, normalization=normalization)
+    pool = rng.standard_normal((4, d)) / np.sqrt(d)
+    held = []
+    for step in range(120):
+        # Equal rows are normal life.
+        row = pool[step % 4] if rng.random() < 0.3 else rng.standard_normal(d) / np.sqrt(d)
+        held = [*held, row][-size:]
+        y = window.append_matvec(tensor(row, "float64"))
+        divisor = size if normalization == "window" else len(held)
+        dense = dense_inverse(np.array(held), damping=1e-4, divisor=divisor)
+        bound = error_bound(np.array(held), damping=1e-4, divisor=divisor)
+        assert relative_error(y, dense @ row) <= bound
+    assert device.launches["dual_update"] > 60

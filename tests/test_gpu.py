@@ -1,0 +1,134 @@
+"""On a real CUDA device, with ``pytest -m gpu``: kernels against the host executor and NumPy."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import numpy64, relative_error
+from cuda_on_cpu import host_array, host_view
+from host_machine import HostMachine
+
+import mfac_core as mfac
+from mfac_core._arrays import home_of
+from mfac_core._ops import _cupy, dense, rows
+from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+@pytest.fixture
+def cupy():
+    cupy = pytest.importorskip("cupy")
+    assert cupy.cuda.is_available(), "pytest -m gpu needs a CUDA device, and CuPy sees none"
+    return cupy
+
+
+def stored(cupy, rng, shape, dtype):
+    from host_machine import NUMPY_DTYPES
+
+    values = rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype])
+    return values, cupy.asarray(values)
+
+
+@pytest.mark.parametrize("d", [1, 1000, 4096, 50_001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_those_of_the_host_executor(cupy, monkeypatch, rng, dtype, d):
+    """Only contraction to fused multiply-add may differ: a rounding a term."""
+    g, on_device = stored(cupy, rng, (13, d), dtype)
+    x, x_on_device = stored(cupy, rng, d, dtype)
+    c = rng.standard_normal(13)
+    home = home_of(on_device)
+    product = rows.project(on_device, x_on_device, exact=False, home=home)
+    combination = rows.combine(on_device, cupy.asarray(c), x_on_device, 0.5, dtype=None, exact=True)
+    monkeypatch.setattr(_cupy, "machine", HostMachine("fast"))
+    expected = host_view(rows.project(host_array(g), host_array(x), exact=False, home=home))
+    terms = abs(g.astype("float64")) @ abs(x.astype("float64"))
+    assert (abs(numpy64(product) - expected) <= d * 2.0**-52 * terms).all()
+    expected = host_view(
+        rows.combine(host_array(g), host_array(c), host_array(x), 0.5, dtype=None, exact=True)
+    )
+    terms = abs(g.astype("float64").T) @ abs(c) + abs(x.astype("float64"))
+    assert (abs(numpy64(combination) - expected) <= 16 * 2.0**-52 * terms).all()
+
+
+@pytest.mark.parametrize("m", [1, 33, 1024, 1500])
+def test_a_replacement_is_that_of_the_host_executor(cupy, monkeypatch, rng, m):
+    g = rng.standard_normal((m, m + 20))
+    gram = g @ g.T
+    inverse = np.linalg.inv(gram + np.eye(m))
+    inverse = (inverse + inverse.T) / 2
+    row = gram[m // 2] * 1.0
+    row[m // 2] += 3.0
+    on_device = [cupy.asarray(x) for x in (inverse, gram, row)]
+    failed = dense.replace(*on_device[:2], m // 2, on_device[2], 1.0)
+    monkeypatch.setattr(_cupy, "machine", HostMachine("fast"))
+    on_host = [host_array(x.copy()) for x in (inverse, gram, row)]
+    dense.replace(*on_host[:2], m // 2, on_host[2], 1.0)
+    assert int(failed[0]) == 0
+    updated = on_device[0].get()
+    assert (updated == updated.T).all()
+    expected = host_view(on_host[0])
+    assert np.linalg.norm(updated - expected) <= 1e-10 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", ["cupy", "torch", "jax"])
+def test_operators_of_every_library_on_the_device(cupy, rng, library, dtype):
+    if library == "cupy":
+        g = stored(cupy, rng, (20, 3001), dtype)[1]
+    elif library == "torch":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("this build of PyTorch has no CUDA")
+        g = torch.from_numpy(rng.standard_normal((20, 3001))).to("cuda", getattr(torch, dtype))
+    else:
+        jax = pytest.importorskip("jax")
+        if dtype == "float64" or jax.default_backend() != "gpu":
+            pytest.skip("JAX has no GPU here, or no float64")
+        g = jax.numpy.asarray(rng.standard_normal((20, 3001)), dtype=dtype)
+    bound = error_bound(g, damping=0.1)
+    inverse = mfac.InverseFisher(g, damping=0.1)
+    assert_operator_close(inverse, dense_inverse(g, damping=0.1), rtol=bound)
+    window = mfac.SlidingInverseFisher(3001, 8, damping=0.1)
+    for i in range(20):
+        y = window.append_matvec(g[i, :])
+    held = numpy64(g[12:, :])
+    expected = dense_inverse(held, damping=0.1) @ held[-1]
+    assert relative_error(y, expected) <= bound
+
+
+def test_more_than_two_to_the_31_elements(cupy, rng):
+    """A half-precision G of 2³² elements: 8 GiB."""
+    m, d = 4, 2**30 + 24
+    if cupy.cuda.runtime.memGetInfo()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of device memory")
+    g = cupy.zeros((m, d), "float16")
+    places = np.array([0, d // 2, d - 1])
+    values = rng.standard_normal((m, 3)).astype("float16")
+    g[:, places] = cupy.asarray(values)
+    x = cupy.zeros(d, "float16")
+    x[places] = 1.0
+    product = rows.project(g, x, exact=False, home=home_of(g))
+    expected = values.astype("float64").sum(axis=1)
+    assert abs(product.get() - expected).max() <= 1e-12
+    c = rng.standard_normal(m)
+    y = rows.combine(g, cupy.asarray(c), None, 1.0, dtype=g.dtype, exact=True)
+    assert relative_error(y[places].get(), c @ values.astype("float64")) <= 2.0**-10
+
+
+def test_under_compute_sanitizer(cupy):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    this = Path(__file__)
+    chosen = f"{this}::test_products_are_those_of_the_host_executor"
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "pytest", "-m", "gpu", "-q", chosen]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=this.parents[1])
+        assert run.returncode == 0, run.stdout[-3000:]

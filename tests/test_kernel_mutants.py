@@ -1,0 +1,183 @@
+"""Mutations: each barrier deleted and each bound loosened, one at a time, must be noticed.
+
+The exercises here are small, and chosen so that every bound matters: sizes that fill no group, no
+tile and no chunk.
+"""
+
+import functools
+import importlib.resources
+import re
+
+import numpy as np
+import pytest
+from cuda_on_cpu import KernelError, host_array, host_view
+from host_machine import HostMachine
+
+from mfac_core._ops import _cupy, cuda, dense, rows
+
+ORDERS = ("forward", "backward", "random")
+
+
+class Device:
+    """A home whose arrays are not NumPy's."""
+
+    is_numpy = False
+
+
+def products(machine, rng):
+    """Run project in both forms, for rows that fill no group and a second chunk.
+
+    The row exchanged is the first of its group.
+    """
+    m, d = 11, 2048 + 60
+    g, x = rng.standard_normal((m, d)), rng.standard_normal((d, 2))
+    y = rows.project(host_array(g), host_array(x), exact=True, home=Device())
+    yield host_view(y), g @ x
+    ring = host_array(g)
+    y, _ = rows.exchange(ring, 8, host_array(x[:, 0].copy()), Device())
+    g[8] = x[:, 0]
+    yield host_view(y), g @ x[:, 0]
+    yield host_view(ring), g
+
+
+def combinations(machine, rng):
+    """Run combine with three tiles of rows, and in slices that do not divide them."""
+    g, base = rng.standard_normal((1100, 6)), rng.standard_normal((6, 2))
+    c = rng.standard_normal((1100, 2))
+    for threads in (1, 1 << 17):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "COMBINE_THREADS", threads)
+            y = rows.combine(
+                host_array(g), host_array(c), host_array(base), 0.5, dtype=None, exact=True
+            )
+        yield host_view(y), 0.5 * base + g.T @ c
+
+
+def sums(machine, rng):
+    """Run the second stage: more parts than threads share, and a last group that is not full."""
+    partial, base = rng.standard_normal((11, 37)), rng.standard_normal(37)
+    y = cuda._sum(host_array(partial), host_array(base), 0.5, (37,), "float64", host_array(base))
+    yield host_view(y), 0.5 * base + partial.sum(axis=0)
+
+
+def replacements(machine, rng):
+    """Run the replacement of a row in a matrix larger than a block."""
+    m, shift = 261, 1.0
+    g = rng.standard_normal((m, 300))
+    gram = g @ g.T
+    inverse = np.linalg.inv(gram + shift * np.eye(m))
+    g[258] = rng.standard_normal(300)
+    row = g @ g[258]
+    held, held_gram = host_array((inverse + inverse.T) / 2), host_array(gram)
+    failed = dense.replace(held, held_gram, 258, host_array(row), shift)
+    gram[258, :] = gram[:, 258] = row
+    yield host_view(failed), np.zeros(1)
+    yield host_view(held_gram), gram
+    yield host_view(held), np.linalg.inv(gram + shift * np.eye(m))
+    # A Schur complement of exactly half the shift is refused.
+    held, held_gram = host_array(np.eye(2)), host_array(np.zeros((2, 2)))
+    failed = dense.replace(held, held_gram, 0, host_array(np.array([-0.5, 0.0])), 1.0)
+    yield host_view(failed), np.ones(1)
+
+
+def diagonals(machine, rng):
+    """Run the diagonal where it must be held to its range, and where not."""
+    columns = rng.standard_normal((11, 37))
+    whitened = columns / np.sqrt(0.1 + (columns**2).sum(axis=0))
+    whitened *= rng.choice([0.0, 0.5, 1.5], 37)
+    diagonal, rest = dense.clamped_diagonal(
+        Device(), host_array(whitened), host_array(columns), 0.1, 11
+    )
+    taken = (whitened**2).sum(axis=0)
+    yield host_view(rest), 1 - taken
+    low = 1 / (0.1 + (columns**2).sum(axis=0) / 11)
+    yield host_view(diagonal), np.clip((1 - taken) / 0.1, low, 10.0)
+
+
+def loads_and_stores(machine, rng):
+    """Run what the shared header serves."""
+    yield from products(machine, rng)
+    yield from combinations(machine, rng)
+
+
+EXERCISES = {
+    "common.cuh": loads_and_stores,
+    "project.cu": products,
+    "combine.cu": combinations,
+    "sum.cu": sums,
+    "dual.cu": replacements,
+    "diagonal.cu": diagonals,
+}
+
+EQUIVALENT = {
+    ("common.cuh", "return a <= b ? a : b;"): "of two equal numbers either is the smaller",
+    (
+        "combine.cu",
+        "for (int tile = first; tile <= last; tile += TILE) {",
+    ): "one more tile, of no rows",
+    (
+        "diagonal.cu",
+        "diagonal[column] = value <= low ? low : value > high ? high : value;",
+    ): "a value at its bound is left or set to it",
+}
+"""Mutants that compute the same, by file and line, and why."""
+
+
+@functools.cache
+def code_of(file):
+    """Return a source's text as it stands in what is compiled."""
+    kernels = importlib.resources.files("mfac_core._ops") / "kernels"
+    return (kernels / file).read_text().split('#include "common.cuh"\n')[-1]
+
+
+def mutants():
+    """Each barrier deleted, and each comparison `<` made `<=`."""
+    for file in EXERCISES:
+        code = code_of(file)
+        for match in re.finditer(r"__syncthreads\(\);| < ", code):
+            before = code[: match.start()].rsplit("\n", 1)[-1]
+            after = code[match.end() :].split("\n", 1)[0]
+            if "//" in before:
+                continue
+            changed = "" if "sync" in match[0] else " <= "
+            line = f"{before.lstrip()}{changed or '[no barrier]'}{after}"
+            mutant = code[: match.start()] + changed + code[match.end() :]
+            nth = code[: match.start()].count(f"{before}{match[0]}{after}")
+            yield pytest.param(
+                file, f"{line} #{nth}" if nth else line, mutant, id=f"{file}: {line} {nth}"
+            )
+
+
+def notices(machine, exercise):
+    """Whether the exercise fails in any order; also says why."""
+    for machine.order in ORDERS:
+        machine.seed = 7
+        try:
+            for result, expected in exercise(machine, np.random.default_rng(5)):
+                error = abs(result - expected).max()
+                if not error <= 1e-9 * (1 + abs(expected).max()):
+                    return f"off by {error:.1e} in {machine.order} order"
+        except KernelError as error:
+            return str(error)
+    return None
+
+
+@pytest.mark.parametrize("file", EXERCISES)
+def test_the_kernels_as_they_are_pass_the_exercises(monkeypatch, file):
+    machine = HostMachine("check")
+    monkeypatch.setattr(_cupy, "machine", machine)
+    assert notices(machine, EXERCISES[file]) is None
+    assert machine.launches
+
+
+@pytest.mark.parametrize(("file", "line", "mutant"), list(mutants()))
+def test_a_mutant_is_noticed(monkeypatch, file, line, mutant):
+    machine = HostMachine("check")
+    monkeypatch.setattr(_cupy, "machine", machine)
+    original = _cupy.source
+    monkeypatch.setattr(_cupy, "source", lambda name: original(name).replace(code_of(file), mutant))
+    noticed = notices(machine, EXERCISES[file])
+    if (file, line) in EQUIVALENT:
+        assert noticed is None, f"{line} is listed as equivalent, but: {noticed}"
+    else:
+        assert noticed is not None

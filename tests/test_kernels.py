@@ -1,0 +1,351 @@
+"""Every kernel in every dtype, run on the CPU by way of the library's own launches.
+
+Oracles are float64 NumPy. A product of n terms accumulated in float64 is off by at most
+n·ε·Σ|aᵢbᵢ|, in whatever order it is summed; narrowing the result adds half a spacing of the
+narrower dtype.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from cuda_on_cpu import host_array, host_view
+from host_machine import NUMPY_DTYPES, HostMachine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfac_core._ops import _cupy, cuda, dense, rows
+
+EPS = np.finfo("float64").eps
+STORAGE = ["float32", "float64", "float16", "bfloat16"]
+ORDERS = st.sampled_from(["forward", "backward", "random"])
+
+
+class Device:
+    """A home whose arrays are not NumPy's; the launches themselves need nothing of it."""
+
+    is_numpy = False
+
+
+@pytest.fixture(params=["fast", "check"])
+def machine(request, monkeypatch):
+    machine = HostMachine(request.param)
+    monkeypatch.setattr(_cupy, "machine", machine)
+    return machine
+
+
+def stored(rng, shape, dtype, scale=1.0):
+    """Random numbers in a dtype, and their exact values in float64."""
+    values = (scale * rng.standard_normal(shape)).astype(NUMPY_DTYPES[dtype])
+    return values, values.astype("float64")
+
+
+def half_spacing(x, dtype):
+    """Half the distance of neighbouring numbers of a dtype around ``x``."""
+    info = ml_dtypes.finfo(NUMPY_DTYPES[dtype])
+    return np.maximum(abs(x) * float(info.eps), float(info.smallest_subnormal)) / 2
+
+
+def ran(machine, *names):
+    """Whether exactly these kernels were launched since last asked."""
+    seen = set(machine.launches)
+    machine.launches.clear()
+    return seen == set(names)
+
+
+def contract(a, b):
+    """a @ b summed exactly enough for an oracle, and the bound on its rounding in float64."""
+    terms = abs(a) @ abs(b)
+    return a @ b, (a.shape[-1] + 8) * EPS * terms
+
+
+SIZES = {
+    "m": st.integers(1, 18),
+    "d": st.one_of(st.integers(1, 70), st.sampled_from([256, 512, 1000, 2048, 2056, 4100])),
+    "order": ORDERS,
+    "seed": st.integers(0, 2**31),
+}
+
+
+@pytest.mark.parametrize("other", ["same", "float32", "float64"])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_project(machine, dtype, other):
+    x_dtype = dtype if other == "same" else other
+
+    @settings(max_examples=12)
+    @given(columns=st.integers(0, 4), **SIZES)
+    def check(m, d, order, seed, columns):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        g, exact_g = stored(rng, (m, d), dtype)
+        x, exact_x = stored(rng, (d, columns) if columns else (d,), x_dtype)
+        product = rows.project(host_array(g), host_array(x), exact=False, home=Device())
+        assert ran(machine, "project", "sum_parts")
+        expected, bound = contract(exact_g, exact_x)
+        assert product.dtype == np.float64
+        assert product.shape == expected.shape
+        assert (abs(host_view(product) - expected) <= bound).all()
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_exchange_writes_the_row_it_reads(machine, dtype):
+    @settings(max_examples=15)
+    @given(where=st.floats(0, 0.999), **SIZES)
+    def check(m, d, order, seed, where):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        g, _ = stored(rng, (m, d), dtype)
+        row, exact_row = stored(rng, d, dtype)
+        i = int(where * m)
+        # The slot's old row does not matter: what is read there would spoil every sum.
+        g[i] = np.nan
+        ring = host_array(g)
+        assert rows.exchanges(ring, host_array(row))
+        product, norm2 = rows.exchange(ring, i, host_array(row), Device())
+        assert ran(machine, "project", "sum_parts")
+        assert host_view(norm2)[0] == pytest.approx(exact_row @ exact_row, rel=(d + 8) * EPS)
+        expected_ring = g.copy()
+        expected_ring[i] = row
+        assert (host_view(ring) == expected_ring).all()
+        expected, bound = contract(expected_ring.astype("float64"), exact_row)
+        assert (abs(host_view(product) - expected) <= bound).all()
+
+    check()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_exchange_keeps_the_row_where_the_new_one_is_not_finite(machine, rng, value):
+    g, exact_g = stored(rng, (11, 2100), "float32")
+    row, _ = stored(rng, 2100, "float32")
+    row[77] = value
+    for machine.order in ("forward", "backward", "random"):
+        ring = host_array(g.copy())
+        product, norm2 = rows.exchange(ring, 8, host_array(row), Device())
+        assert not np.isfinite(host_view(norm2)[0])
+        assert (host_view(ring) == g).all()
+        expected, bound = contract(exact_g, exact_g[8])
+        assert (abs(host_view(product) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("out", ["same", "float32", "float64", None])
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("threads", ["few", "many"])
+def test_combine(machine, monkeypatch, dtype, out, threads):
+    """With many threads wanted and few columns, the rows are cut into slices."""
+    out = dtype if out == "same" else out
+    monkeypatch.setattr(cuda, "COMBINE_THREADS", 1 if threads == "few" else 1 << 17)
+    monkeypatch.setattr(cuda, "COMBINE_ROWS", 3)
+
+    @settings(max_examples=8)
+    @given(columns=st.integers(0, 4), alpha=st.sampled_from([None, 0.0, -0.7, 40.0]), **SIZES)
+    def check(m, d, order, seed, columns, alpha):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        g, exact_g = stored(rng, (m, d), dtype)
+        c = rng.standard_normal((m, columns) if columns else (m,))
+        base, exact_base = stored(rng, (d, columns) if columns else (d,), out or "float64")
+        result = rows.combine(
+            host_array(g),
+            host_array(c),
+            None if alpha is None else host_array(base),
+            1.0 if alpha is None else alpha,
+            dtype=None if out is None else NUMPY_DTYPES[out],
+            exact=True,
+        )
+        sliced = threads == "many" and m >= 6
+        assert ran(machine, "combine", *(["sum_parts"] if sliced else []))
+        expected, bound = contract(exact_g.T, c)
+        if alpha is not None:
+            expected = expected + alpha * exact_base
+            bound += (m + 8) * EPS * abs(alpha * exact_base)
+        bound += half_spacing(abs(expected) + bound, out or "float64")
+        assert result.dtype == NUMPY_DTYPES[out or "float64"]
+        assert result.shape == expected.shape
+        assert (abs(host_view(result).astype("float64") - expected) <= bound).all()
+
+    check()
+
+
+def test_combine_stages_more_rows_than_shared_memory_holds(machine, monkeypatch, rng):
+    g, exact_g = stored(rng, (1100, 5), "float32")
+    c = rng.standard_normal((1100, 2))
+    monkeypatch.setattr(cuda, "COMBINE_THREADS", 1)  # one slice, of three tiles
+    for machine.order in ("forward", "backward", "random"):
+        y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, exact=True)
+        assert ran(machine, "combine")
+        expected, bound = contract(exact_g.T, c)
+        assert (abs(host_view(y) - expected) <= bound).all()
+
+
+def test_square_norm(machine, rng):
+    for dtype in ("float32", "float64"):
+        g, exact = stored(rng, 5000, dtype)
+        norm2 = rows.square_norms(torch.from_numpy(g))
+        assert ran(machine, "project", "sum_parts")
+        assert float(norm2) == pytest.approx(exact @ exact, rel=5008 * EPS)
+
+
+def inverse_problem(rng, m, shift, scale=1.0):
+    g = scale * rng.standard_normal((m, 2 * m + 3))
+    gram = g @ g.T
+    gram = (gram + gram.T) / 2
+    inverse = np.linalg.inv(gram + shift * np.eye(m))
+    return g, gram, (inverse + inverse.T) / 2
+
+
+def test_the_dual_inverse_follows_a_replaced_row(machine):
+    @settings(max_examples=25)
+    @given(
+        m=st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 257, 300])),
+        where=st.floats(0, 0.999),
+        shift=st.sampled_from([1e-2, 1.0]),
+        order=ORDERS,
+        seed=st.integers(0, 2**31),
+    )
+    def check(m, where, shift, order, seed):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        g, gram, inverse = inverse_problem(rng, m, shift)
+        i = int(where * m)
+        g[i] = rng.standard_normal(g.shape[1])
+        row = g @ g[i]
+        held, held_gram = host_array(inverse), host_array(gram)
+        failed = dense.replace(held, held_gram, i, host_array(row), shift)
+        assert ran(machine, "dual_products", "dual_update")
+        assert host_view(failed)[0] == 0
+        gram[i, :] = gram[:, i] = row
+        assert (host_view(held_gram) == gram).all()
+        matrix = gram + shift * np.eye(m)
+        updated = host_view(held)
+        assert (updated == updated.T).all()
+        # The perturbations of one update, seen through the old and through the new inverse.
+        norms = np.linalg.norm(inverse, 2), np.linalg.norm(np.linalg.inv(matrix), 2)
+        condition = max(norms) * max(np.linalg.norm(matrix, 2), np.linalg.norm(row))
+        error = np.linalg.norm(updated - np.linalg.inv(matrix), 2)
+        assert error <= 10 * m * EPS * condition * max(norms)
+
+    check()
+
+
+@pytest.mark.parametrize("damage", ["pivot", "nan", "schur"])
+def test_a_replacement_that_rounding_forbids_leaves_the_inverse(machine, rng, damage):
+    g, gram, inverse = inverse_problem(rng, 9, 0.1)
+    row = g @ g[4]
+    if damage == "pivot":
+        inverse[4, 4] = -1.0
+    elif damage == "nan":
+        inverse[4, 4] = np.nan
+    else:
+        row[4] = -5.0
+    held, held_gram = host_array(inverse.copy()), host_array(gram)
+    failed = dense.replace(held, held_gram, 4, host_array(row), 0.1)
+    assert host_view(failed)[0] == 1
+    assert np.array_equal(host_view(held), inverse, equal_nan=True)
+    assert (host_view(held_gram)[4] == row).all()
+    assert (host_view(held_gram)[:, 4] == row).all()
+
+
+def test_clamped_diagonal(machine):
+    @settings(max_examples=25)
+    @given(
+        m=st.integers(1, 40),
+        width=st.integers(1, 100),
+        damping=st.sampled_from([1e-6, 1e-2, 1.0]),
+        transposed=st.booleans(),
+        order=ORDERS,
+        seed=st.integers(0, 2**31),
+    )
+    def check(m, width, damping, transposed, order, seed):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        columns = rng.standard_normal((m, width))
+        # Whitened rows of a true inverse, some of them spoilt beyond the range on either side.
+        whitened = columns / np.sqrt(m * damping + (columns**2).sum(axis=0))
+        whitened *= rng.choice([0.0, 0.5, 1.0, 1.5], width)
+        diagonal, rest = dense.clamped_diagonal(
+            Device(),
+            host_array(whitened.T).T if transposed else host_array(whitened),
+            host_array(columns),
+            damping,
+            m,
+        )
+        assert ran(machine, "clamped_diagonal")
+        diagonal, rest = host_view(diagonal), host_view(rest)
+        taken = (whitened**2).sum(axis=0)
+        bound = (m + 8) * EPS * (1 + taken)
+        assert (abs(rest - (1 - taken)) <= bound).all()
+        low = 1 / (damping + (columns**2).sum(axis=0) / m)
+        expected = np.clip((1 - taken) / damping, low, 1 / damping)
+        slack = 1 + (m + 8) * EPS
+        assert (diagonal >= low / slack).all()
+        assert (diagonal <= 1 / damping * slack).all()
+        assert (abs(diagonal - expected) <= bound / damping + low * (slack - 1)).all()
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["transposed", "strided", "integers", "empty", "many columns", "other dtype"],
+)
+def test_what_no_kernel_takes_is_left_to_the_generic_path(machine, rng, change):
+    g, x = rng.standard_normal((6, 8)), rng.standard_normal(8)
+    if change == "transposed":
+        g = g.T.copy()
+        assert not cuda.serves_product(host_array(g).T, host_array(x))
+        return
+    if change == "strided":
+        assert not cuda.serves_product(host_array(g)[:, ::2], host_array(x[:4]))
+        return
+    if change == "integers":
+        g = g.astype("int64")
+    elif change == "empty":
+        g = g[:0]
+    elif change == "many columns":
+        x = rng.standard_normal((8, 5))
+    else:
+        x = x.astype("complex128")
+    assert not cuda.serves_product(host_array(g), host_array(x))
+    assert not machine.launches
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_rows_that_start_anywhere_are_read_rightly(machine, rng, offset):
+    """A view into an array need not start at a multiple of 16 bytes."""
+    storage = rng.standard_normal(3 * 64 + offset).astype("float32")
+    x = rng.standard_normal(64).astype("float32")
+    g = host_array(storage)[offset:].reshape(3, 64)
+    exact = storage[offset:].reshape(3, 64).astype("float64")
+    product = rows.project(g, host_array(x), exact=False, home=Device())
+    assert ran(machine, "project", "sum_parts")
+    expected, bound = contract(exact, x.astype("float64"))
+    assert (abs(host_view(product) - expected) <= bound).all()
+
+
+def test_pytorch_tensors_take_the_same_kernels(machine, rng):
+    for dtype in STORAGE:
+        values, exact = stored(rng, (5, 40), dtype)
+        g = torch.from_numpy(values.astype("float32")).to(getattr(torch, dtype))
+        if dtype == "float64":
+            g = torch.from_numpy(values)
+        c = torch.from_numpy(rng.standard_normal(5))
+        y = rows.combine(g, c, g[0], 2.0, dtype=g.dtype, exact=True)
+        assert ran(machine, "combine")
+        assert isinstance(y, torch.Tensor)
+        assert y.dtype == g.dtype
+        expected, bound = contract(exact.T, c.numpy())
+        expected += 2.0 * exact[0]
+        bound += 16 * EPS * abs(2.0 * exact[0])
+        bound += half_spacing(abs(expected) + bound, dtype)
+        assert (abs(y.double().numpy() - expected) <= bound).all()
+
+
+def test_indices_pass_32_bits():
+    """d·m beyond 2³¹: the chunks and the grid a row is cut into stay within a device's limits."""
+    for d in [1, 2048, 10**7, 2**31 + 5, 2**36]:
+        chunk = cuda._chunk(d)
+        assert chunk * -(-d // chunk) >= d
+        assert chunk % (256 * 8) == 0
+        assert -(-d // chunk) <= cuda.LARGEST_GRID_Y

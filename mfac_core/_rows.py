@@ -126,7 +126,7 @@ class Rows:
 
     def exchanges(self, row: Array) -> bool:
         """Whether :meth:`exchange_unseen` takes a row."""
-        return ops.exchanges(self.array, row)
+        return not self.home.is_numpy and ops.exchanges(self.array, row)
 
     def exchange_unseen(self, i: int, row: Array) -> tuple[Array, Array]:
         """Do as :meth:`exchange` on a device, without waiting; also return ‖row‖², shape (1,).

@@ -95,7 +95,7 @@ class Dual:
             self._inverse = None
         if self._inverse is not None:
             self._replaced += 1
-            if dense.replaces(self._inverse, self.gram, row):
+            if not self.home.is_numpy and dense.replaces(self._inverse, self.gram, row):
                 self._failed = dense.replace(self._inverse, self.gram, i, row, self.shift)
                 self._doubt = dense.later(self._failed)
                 return

@@ -10,6 +10,7 @@ import numpy as np
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, home_of, promote, send, to_numpy
 from mfac_core._operator import Indices, SymmetricOperator
+from mfac_core._ops import _cuda_blocks
 from mfac_core._rows import Rows
 
 BATCH_BYTES = 1 << 24
@@ -88,7 +89,11 @@ class PrimalBlocks(SymmetricOperator):
         return self._home.xp.reshape(self._matrices @ columns, tuple(x.shape))
 
     def _apply(self, x: Any, refine: int) -> Array:
-        return send(self._multiply(self._home.receive(x)), x, promote(x, self.dtype))
+        dtype = promote(x, self.dtype)
+        blocks, size, _ = self._matrices.shape
+        if x.ndim == 1 and _cuda_blocks.serves_product(self._matrices, x):
+            return _cuda_blocks.product(self._matrices, np.full(blocks, size), x, dtype=dtype)
+        return send(self._multiply(self._home.receive(x)), x, dtype)
 
     def _diagonal(self) -> Array:
         xp = self._home.xp
@@ -134,12 +139,27 @@ def fisher_blocks(
 
 def invert_blocks(rows: Rows, start: int, size: int, blocks: int, damping: float) -> PrimalBlocks:
     """Return the inverses of consecutive blocks of F, in O(d·B·(m + B))."""
+    fused = _on_device(rows, size, blocks, damping)
+    if fused is not None:
+        return PrimalBlocks(fused, rows.like)
     xp, where = rows.home.xp, rows.home.device
     inverses = xp.empty((blocks, size, size), dtype=xp.float64, device=where)
     for batch, fisher in fisher_blocks(rows, start, size, blocks, damping):
         inverse = xp.linalg.inv(fisher)
         inverses[batch, ...] = (inverse + _transposed(inverse)) / 2
     return PrimalBlocks(inverses, rows.like)
+
+
+def _on_device(rows: Rows, size: int, blocks: int, damping: float) -> Array | None:
+    """Return the inverses by a kernel, where it takes all of G, and finds nothing wrong."""
+    array = getattr(rows, "array", None)
+    covers = array is not None and int(array.shape[1]) == size * blocks
+    if not covers or not _cuda_blocks.serves_blocks(array, size):
+        return None
+    xp, lengths = rows.home.xp, np.full(blocks, size)
+    inverses, failed = _cuda_blocks.inverses(array, lengths, damping, rows.shape[0])
+    sound = bool(xp.all(xp.isfinite(inverses))) and not bool(xp.any(failed != 0))
+    return inverses if sound else None
 
 
 def _batches(matrices: Array) -> Iterator[Array]:

@@ -86,7 +86,8 @@ class ArrayRows(Rows):
 
     def exchanges(self, row: Array) -> bool:
         """Whether :meth:`exchange_unseen` takes a row; over ranks its sums would have to wait."""
-        return self.reduce is None and ops.exchanges(self.array, row)
+        on_device = self.reduce is None and not self.home.is_numpy
+        return on_device and ops.exchanges(self.array, row)
 
     def exchange_unseen(self, i: int, row: Array) -> tuple[Array, Array]:
         """Do as :meth:`exchange` on a device, without waiting; also return ‖row‖², shape (1,).

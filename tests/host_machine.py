@@ -36,6 +36,9 @@ class HostMachine(_cupy.Machine):
     def device(self):
         return 0
 
+    def shared_bytes(self):
+        return 99 * 1024  # of sm_86, sm_89 and sm_120
+
     def module(self, code, given):
         return _Recording(self, Module(code, given, self.mode))
 
@@ -79,11 +82,16 @@ class _Recording:
         self.machine, self.module = machine, module
 
     def get_function(self, name):
-        kernel = self.module.get_function(name)
+        return _RecordingKernel(self.machine, name, self.module.get_function(name))
 
-        def launch(grid, block, arguments):
-            kernel.order, kernel.seed = self.machine.order, self.machine.seed
-            self.machine.launches[name] += 1
-            kernel(grid, block, arguments)
 
-        return launch
+class _RecordingKernel:
+    def __init__(self, machine, name, kernel):
+        self.machine, self.name, self.kernel = machine, name, kernel
+        self.max_dynamic_shared_size_bytes = kernel.max_dynamic_shared_size_bytes
+
+    def __call__(self, grid, block, arguments, *, shared_mem=0):
+        self.machine.launches[self.name] += 1
+        self.kernel.order, self.kernel.seed = self.machine.order, self.machine.seed
+        self.kernel.max_dynamic_shared_size_bytes = self.max_dynamic_shared_size_bytes
+        self.kernel(grid, block, arguments, shared_mem=shared_mem)

@@ -6,12 +6,13 @@ library's dispatch to the kernels. Oracles are dense float64 inverses.
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from conftest import numpy64, relative_error
 from host_machine import HostMachine
 
 import mfac_core as mfac
-from mfac_core import _rows
+from mfac_core import _primal, _rows
 from mfac_core._arrays import Home
 from mfac_core._ops import _cupy, _generic, cuda, rows
 from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
@@ -25,7 +26,7 @@ def device(monkeypatch):
     machine = HostMachine("check")
     monkeypatch.setattr(_cupy, "machine", machine)
     namespace = _namespace()
-    for module in (_rows, rows):
+    for module in (_primal, _rows, rows):
         monkeypatch.setattr(module, "home_of", lambda x: Home(namespace, torch.device("cpu")))
     return machine
 
@@ -108,6 +109,26 @@ def test_other_operations_of_a_window(device, rng):
     restored = mfac.SlidingInverseFisher(17, 5, damping=1.0)
     restored.load_state_dict(after)
     assert (restored.append_matvec(rows[8]) == window.append_matvec(rows[8])).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 9])
+def test_small_blocks(device, rng, dtype, size):
+    g = tensor(rng.standard_normal((12, 45)), dtype)
+    inverse = mfac.BlockInverseFisher(g, damping=0.3, block_size=size)
+    blocks = [dense_inverse(g[:, a : a + size], damping=0.3) for a in range(0, 45, size)]
+    bound = error_bound(g, damping=0.3)
+    assert_operator_close(inverse, scipy.linalg.block_diag(*blocks), rtol=bound)
+    assert device.launches["block_inverses"] == 1
+    assert device.launches["block_product"] > 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_nan_in_small_blocks_is_said_with_its_row(device, rng, value):
+    g = tensor(rng.standard_normal((12, 45)), "float32")
+    g[7, 40] = value
+    with pytest.raises(ValueError, match="1 of 12 rows, at index 7"):
+        mfac.BlockInverseFisher(g, damping=0.3, block_size=9)
 
 
 def full_window(rng, d=30, size=8):

@@ -13,7 +13,7 @@ import pytest
 from cuda_on_cpu import KernelError, host_array, host_view
 from host_machine import HostMachine
 
-from mfac_core._ops import _cupy, cuda, dense, rows
+from mfac_core._ops import _cuda_blocks, _cupy, cuda, dense, rows
 
 ORDERS = ("forward", "backward", "random")
 
@@ -100,6 +100,21 @@ def loads_and_stores(machine, rng):
     yield from combinations(machine, rng)
 
 
+def blocks(machine, rng):
+    """Run blocks that fill their width and such that do not, with rows that fill no group."""
+    lengths = np.array([32, 5, 31])
+    g, x = rng.standard_normal((11, 68)), rng.standard_normal(68)
+    inverses, failed = _cuda_blocks.inverses(host_array(g), lengths, 0.1, 11)
+    y = _cuda_blocks.product(inverses, lengths, host_array(x), dtype=np.dtype("float64"))
+    yield host_view(failed), np.zeros(3)
+    for number, end in enumerate(np.cumsum(lengths)):
+        size = lengths[number]
+        part = slice(end - size, end)
+        expected = np.linalg.inv(0.1 * np.eye(size) + g[:, part].T @ g[:, part] / 11)
+        yield host_view(inverses)[number, :size, :size], expected
+        yield host_view(y)[part], expected @ x[part]
+
+
 EXERCISES = {
     "common.cuh": loads_and_stores,
     "project.cu": products,
@@ -107,9 +122,14 @@ EXERCISES = {
     "sum.cu": sums,
     "dual.cu": replacements,
     "diagonal.cu": diagonals,
+    "blocks.cu": blocks,
 }
 
 EQUIVALENT = {
+    (
+        "blocks.cu",
+        "for (int first = 0; first <= m; first += ROWS) {",
+    ): "one more group of rows, all past the last and so zero",
     ("common.cuh", "return a <= b ? a : b;"): "of two equal numbers either is the smaller",
     (
         "combine.cu",

@@ -14,7 +14,7 @@ from host_machine import NUMPY_DTYPES, HostMachine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfac_core._ops import _cupy, cuda, dense, rows
+from mfac_core._ops import _cuda_blocks, _cupy, cuda, dense, rows
 
 EPS = np.finfo("float64").eps
 STORAGE = ["float32", "float64", "float16", "bfloat16"]
@@ -284,6 +284,65 @@ def test_clamped_diagonal(machine):
         assert (abs(diagonal - expected) <= bound / damping + low * (slack - 1)).all()
 
     check()
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_blocks(machine, dtype):
+    @settings(max_examples=10)
+    @given(
+        m=st.integers(1, 20),
+        lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+        damping=st.sampled_from([1e-3, 1.0]),
+        order=ORDERS,
+        seed=st.integers(0, 2**31),
+    )
+    def check(m, lengths, damping, order, seed):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        g, exact = stored(rng, (m, sum(lengths)), dtype)
+        x, exact_x = stored(rng, sum(lengths), dtype)
+        assert _cuda_blocks.serves_blocks(host_array(g), max(lengths))
+        inverses, failed = _cuda_blocks.inverses(host_array(g), np.array(lengths), damping, m)
+        y = _cuda_blocks.product(inverses, np.array(lengths), host_array(x), dtype=g.dtype)
+        assert ran(machine, "block_inverses", "block_product")
+        assert not host_view(failed).any()
+        start = 0
+        for inverse, size in zip(host_view(inverses), lengths, strict=True):
+            part = slice(start, start + size)
+            matrix = damping * np.eye(size) + exact[:, part].T @ exact[:, part] / m
+            expected = np.linalg.inv(matrix)
+            # Elimination of a positive definite matrix without pivoting is off by its condition.
+            bound = 10 * size * np.linalg.cond(matrix) * EPS * np.linalg.norm(expected, 2)
+            assert (inverse[:size, :size] == inverse[:size, :size].T).all()
+            assert np.linalg.norm(inverse[:size, :size] - expected, 2) <= bound
+            product = expected @ exact_x[part]
+            error = abs(host_view(y)[part].astype("float64") - product)
+            bound *= np.linalg.norm(exact_x[part])
+            assert (error <= bound + half_spacing(abs(product) + bound, dtype)).all()
+            start += size
+
+    check()
+
+
+@pytest.mark.parametrize("width", [64, 65, 128])
+def test_the_widest_blocks(machine, rng, width):
+    g = rng.standard_normal((40, 2 * width))
+    lengths = np.array([width, width])
+    inverses, failed = _cuda_blocks.inverses(host_array(g), lengths, 0.5, 40)
+    assert not host_view(failed).any()
+    for number in range(2):
+        part = g[:, number * width : (number + 1) * width]
+        matrix = 0.5 * np.eye(width) + part.T @ part / 40
+        error = np.linalg.norm(host_view(inverses)[number] - np.linalg.inv(matrix), 2)
+        assert error <= 10 * width * np.linalg.cond(matrix) * EPS / 0.5
+    assert not _cuda_blocks.serves_blocks(host_array(g), 129)
+
+
+def test_a_block_that_rounding_makes_indefinite_is_told(machine):
+    g = np.full((3, 4), 1e12)
+    g[0, 1] = np.nan
+    _, failed = _cuda_blocks.inverses(host_array(g), np.array([2, 2]), 1e-9, 3)
+    assert host_view(failed)[0] == 1
 
 
 @pytest.mark.parametrize(

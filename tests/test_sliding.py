@@ -255,8 +255,9 @@ class Window(RuleBasedStateMachine):
         y = self.window.append_matvec(g)
         self.mirror = [*self.mirror, g][-self.window.window_size :]
         dense, bound = reference(self.window)
-        # For a zero gradient, rounding of zeros against the other rows: ε times ε.
-        allowed = bound * np.linalg.norm(dense @ g) + 1e-30 / self.window.damping
+        # For a zero gradient, what is left of zeros after refinement, times the other rows.
+        rest = 2.0**-52 * bound * np.linalg.norm(self.window.gradients) / self.window.damping
+        allowed = bound * np.linalg.norm(dense @ g) + rest
         assert np.linalg.norm(y - dense @ g) <= allowed
 
     @precondition(lambda self: self.mirror)

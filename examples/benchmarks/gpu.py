@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mfac_core as mfac
 from mfac_core._arrays import home_of
-from mfac_core._ops import dense, rows
+from mfac_core._ops import _cuda_blocks, dense, rows
 
 Act = Callable[[], object]
 Row = dict[str, Any]
@@ -142,6 +144,27 @@ def dual_update(card: Card, m: int) -> list[Row]:
     ]
 
 
+def small_blocks(card: Card, m: int, width: int, count: int) -> list[Row]:
+    """Time the inverses of small blocks against batched products and inverses of the libraries."""
+    cupy = card.cupy
+    g = card.random(m, width * count, "float32")
+    lengths = np.full(count, width)
+    identity = 1e-3 * cupy.eye(width)
+
+    def batched() -> object:
+        parts = g.reshape(m, count, width).transpose(1, 0, 2).astype("float64")
+        return cupy.linalg.inv(cupy.matmul(parts.transpose(0, 2, 1), parts) / m + identity)
+
+    return [
+        card.compare(
+            f"{count:,} blocks of {width}, m {m}",
+            lambda: _cuda_blocks.inverses(g, lengths, 1e-3, m),
+            g.nbytes + 8 * count * width**2,
+            {"batched cuBLAS and cuSOLVER": batched},
+        )
+    ]
+
+
 def window_step(card: Card, m: int, d: int, dtype: str) -> list[Row]:
     """Time a step of a full window against two reads of G."""
     g = card.random(2, d, dtype)
@@ -205,6 +228,8 @@ def main(argv: list[str] | None = None) -> None:
                 results += passes(card, m, d, dtype)
                 results += window_step(card, m, d, dtype)
     results += dual_update(card, m)
+    for width in (64, 128):
+        results += small_blocks(card, m // 4, width, 64 if options.quick else 4096)
     results += static_setup(card, m, 100_000 if options.quick else 10_000_000)
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     report = {

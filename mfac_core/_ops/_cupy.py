@@ -31,6 +31,10 @@ STORAGE = {
 """The dtypes kernels read and write, and their names in CUDA."""
 
 
+ALWAYS_SHARED = 48 * 1024
+"""Bytes of shared memory a block of threads has on every device; more must be asked for."""
+
+
 def dtype_name(dtype: Any) -> str:
     """Return a dtype's name without its library: ``torch.float32`` is ``float32``."""
     return str(dtype).rsplit(".", 1)[-1]
@@ -91,6 +95,11 @@ class Machine:
     def device(self) -> int:
         """Return the number of the current device."""
         return int(self._cupy().cuda.runtime.getDevice())
+
+    def shared_bytes(self) -> int:
+        """Return the most shared memory a block of threads can ask for."""
+        attributes = self._cupy().cuda.Device().attributes
+        return int(attributes["MaxSharedMemoryPerBlockOptin"])
 
     def module(self, code: str, given: tuple[str, ...]) -> Any:
         """Compile a source for the current device; CuPy keeps the result on disk."""
@@ -185,6 +194,7 @@ def launch(
     grid: tuple[int, ...],
     block: tuple[int, ...],
     *arguments: Any,
+    shared_bytes: int = 0,
 ) -> None:
     """Launch a kernel on what ``Machine.at`` has chosen.
 
@@ -192,4 +202,6 @@ def launch(
     NumPy scalars of the width the kernel declares.
     """
     found = kernel(machine, machine.device(), file, name, tuple(macros.items()))
-    found(grid, block, arguments)
+    if shared_bytes > ALWAYS_SHARED:
+        found.max_dynamic_shared_size_bytes = shared_bytes
+    found(grid, block, arguments, shared_mem=shared_bytes)

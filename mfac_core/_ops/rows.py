@@ -93,7 +93,7 @@ def always_exact(g: Array) -> bool:
 
 def exchanges(g: Array, row: Array) -> bool:
     """Whether :func:`exchange` takes G and the new row."""
-    return not is_jax_array(g) and g.dtype == row.dtype and cuda.serves_product(g, row)
+    return g.dtype == row.dtype and cuda.serves_product(g, row) and not is_jax_array(g)
 
 
 def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:

@@ -38,10 +38,12 @@ def _blocks(g: NDArray, work: Any, width: int) -> Iterator[tuple[slice, NDArray]
 
 def gram(g: NDArray, *, exact: bool, width: int) -> NDArray:
     """See :func:`mfac_core._ops.rows.gram`."""
+    work = _work(g, exact)
     total = np.zeros((g.shape[0], g.shape[0]))
-    for _, block in _blocks(g, _work(g, exact), min(width, GRAM_COLUMNS)):
+    part = np.empty(total.shape, work)
+    for _, block in _blocks(g, work, min(width, GRAM_COLUMNS)):
         # NumPy recognises a product with its own transpose: half the work of a general one.
-        total += block @ block.T
+        total += np.matmul(block, block.T, out=part)
     return total
 
 

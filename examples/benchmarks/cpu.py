@@ -101,7 +101,7 @@ def block_setup(rng: np.random.Generator, m: int, d: int, size: int) -> list[lis
     ours, recursion = medians(
         lambda: mfac.BlockInverseFisher(g, damping=1e-3, block_size=size),
         lambda: block_recursion(g, size, 1e-3),
-        repeats=3,
+        repeats=7,
     )
     what = f"blocks of {size}, set-up, m {m}, d {d:,}"
     return [[what, "the paper's recursion, batched", f"{recursion / ours:.1f} × as fast"]]

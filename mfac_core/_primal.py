@@ -130,8 +130,10 @@ def fisher_blocks(
         last = min(first + batch, blocks)
         gradients = rows.read(slice(start + first * size, start + last * size))
         split = home.xp.permute_dims(home.xp.reshape(gradients, (m, -1, size)), (1, 2, 0))
-        fisher = split @ _transposed(split) / m + damping * home.eye(size)
-        if not bool(home.xp.all(home.xp.isfinite(fisher))):
+        fisher = split @ _transposed(split)
+        fisher /= m
+        fisher += damping * home.eye(size)
+        if not bool(home.xp.all(home.xp.isfinite(home.xp.linalg.diagonal(fisher)))):
             msg = check.nonfinite_message(rows.nonfinite(), m)
             raise ValueError(msg)
         yield slice(first, last), fisher
@@ -146,7 +148,9 @@ def invert_blocks(rows: Rows, start: int, size: int, blocks: int, damping: float
     inverses = xp.empty((blocks, size, size), dtype=xp.float64, device=where)
     for batch, fisher in fisher_blocks(rows, start, size, blocks, damping):
         inverse = xp.linalg.inv(fisher)
-        inverses[batch, ...] = (inverse + _transposed(inverse)) / 2
+        inverses[batch, ...] = inverse
+        inverses[batch, ...] += _transposed(inverse)
+        inverses[batch, ...] /= 2
     return PrimalBlocks(inverses, rows.like)
 
 

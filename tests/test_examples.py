@@ -3,7 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from mfac_core.testing import dense_inverse
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -37,3 +40,12 @@ def test_the_benchmark_of_a_card_says_what_it_needs():
         pytest.skip("there is a card here")
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         load("benchmarks/gpu.py").main(["--quick"])
+
+
+def test_the_benchmarks_block_recursion_is_the_inverse(rng):
+    g = rng.standard_normal((6, 12))
+    v, q = load("benchmarks/cpu.py").block_recursion(g, 4, 0.1)
+    for block in range(3):
+        dense = dense_inverse(g[:, 4 * block : 4 * block + 4], damping=0.1)
+        recursion = np.eye(4) / 0.1 - (v[block].T / q[block]) @ v[block]
+        assert np.abs(recursion - dense).max() <= 1e-12

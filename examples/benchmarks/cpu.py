@@ -83,16 +83,17 @@ def product(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[list
     return [[f"F⁻¹x, m {m}, d {d:,}", "two bare gemv passes", f"{ours / floor:.2f} × the time"]]
 
 
-def block_recursion(g: np.ndarray, size: int, damping: float) -> np.ndarray:
-    """Return the inverses of the diagonal blocks by one rank-one update per gradient, batched."""
+def block_recursion(g: np.ndarray, size: int, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the static recursion's v_k and q_k of every diagonal block, all blocks at once."""
     m, d = g.shape
-    inverses = np.tile(np.eye(size, dtype=g.dtype) / g.dtype.type(damping), (d // size, 1, 1))
-    for row in g:
-        columns = row.reshape(-1, size, 1)
-        v = inverses @ columns
-        q = m + columns.transpose(0, 2, 1) @ v
-        inverses -= (v / q) @ v.transpose(0, 2, 1)
-    return inverses
+    split = np.ascontiguousarray(g.reshape(m, -1, size).transpose(1, 0, 2))
+    v, q = np.empty_like(split), np.empty((d // size, m), g.dtype)
+    for k in range(m):
+        row = split[:, k]
+        weights = (v[:, :k] @ row[:, :, None])[:, :, 0] / q[:, :k]
+        v[:, k] = row / g.dtype.type(damping) - (weights[:, None, :] @ v[:, :k])[:, 0]
+        q[:, k] = m + np.sum(row * v[:, k], axis=1)
+    return v, q
 
 
 def block_setup(rng: np.random.Generator, m: int, d: int, size: int) -> list[list[str]]:

@@ -13,9 +13,6 @@ from mfac_core._arrays import Array, promote, to_numpy
 from mfac_core._operator import Indices, SymmetricOperator
 from mfac_core._rows import Rows
 
-TAKE_BYTES = 1 << 25
-"""Size of the float64 columns that are gathered at a time."""
-
 
 class LowRankOperator(SymmetricOperator):
     """α·I + Gᵀ M G with the gradients G (m, d) and a symmetric M (m, m).
@@ -80,14 +77,7 @@ class LowRankOperator(SymmetricOperator):
         return np.concatenate(parts)
 
     def _entries(self, rows: Indices, cols: Indices) -> Array:
-        xp = self._rows.home.xp
-        values = []
-        width = max(TAKE_BYTES // (8 * max(self._rows.shape[0], 1)), 1)
-        for start in range(0, len(rows), width):
-            i, j = rows[start : start + width], cols[start : start + width]
-            products = self._rows.take(i) * self._middle(self._rows.take(j))
-            values.append(to_numpy(xp.sum(products, axis=0)) + self._alpha * (i == j))
-        return np.concatenate(values) if values else np.zeros(0)
+        return self._rows.bilinear(rows, cols, self._middle) + self._alpha * (rows == cols)
 
     def _submatrix(self, indices: Indices) -> Array:
         columns = self._rows.take(indices)

@@ -33,6 +33,9 @@ rows it is twenty times less.
 FLOAT32_UNDERFLOW = 2.0**-126
 """Error of a product of two numbers whose square is too small for float32."""
 
+TAKE_BYTES = 1 << 25
+"""Size of the float64 columns that are gathered at a time."""
+
 Reduce: TypeAlias = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 """Sums a float64 NumPy array over ranks and returns the sum on each."""
 
@@ -171,6 +174,24 @@ class Rows(ABC):
             pieces.append(ops.combine(part, c, piece, alpha, dtype=dtype, exact=exact))
         return pieces if isinstance(base, list) else joined(pieces)
 
+    def pair_products(self, columns: np.ndarray[Any, Any], right: Array) -> Array:
+        """Σᵣ G[r, columns[p]] right[r, p] for ``right`` (m, len(columns)), float64 in the home."""
+        return self.home.xp.sum(self.take(columns) * right, axis=0)
+
+    def bilinear(
+        self,
+        rows: np.ndarray[Any, Any],
+        cols: np.ndarray[Any, Any],
+        middle: Callable[[Array], Array],
+    ) -> np.ndarray[Any, Any]:
+        """G_:iᵀ M G_:j for each pair of columns i, j; ``middle`` multiplies (m, k) by M."""
+        values = [np.zeros(0)]
+        width = max(TAKE_BYTES // (8 * max(self.used, 1)), 1)
+        for some in ops.column_slices(len(rows), width):
+            products = self.pair_products(rows[some], middle(self.take(cols[some])))
+            values.append(to_numpy(products))
+        return np.concatenate(values)
+
     def square_norms(self, x: Columns) -> np.ndarray[Any, Any]:
         """‖x‖² of a vector or of each column, summed in float64 over parts and ranks."""
         pieces = x if isinstance(x, list) else [x]
@@ -251,11 +272,3 @@ def joined(pieces: list[Array]) -> Array:
     if not is_jax_array(pieces[0]):
         pieces = [to_device(piece, device(pieces[0])) for piece in pieces]
     return array_namespace(pieces[0]).concat(pieces, axis=0)
-
-
-def gathered(array: Array, indices: np.ndarray[Any, Any]) -> Array:
-    """Return columns of an array by index, in its own dtype and on its own device."""
-    xp = array_namespace(array)
-    if is_jax_array(array):
-        return xp.take(array, indices, axis=1)
-    return xp.take(array, xp.asarray(indices, device=device(array)), axis=1)

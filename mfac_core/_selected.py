@@ -9,7 +9,7 @@ import numpy as np
 
 from mfac_core._arrays import Array
 from mfac_core._ops import rows as ops
-from mfac_core._rows import Rows, gathered
+from mfac_core._rows import Rows
 
 
 class SelectedRows(Rows):
@@ -33,7 +33,7 @@ class SelectedRows(Rows):
             here = self._indices[done:]
             here = here[: np.searchsorted(here, start + width)] - start
             if len(here):
-                yield slice(done, done + len(here)), gathered(block, here)
+                yield slice(done, done + len(here)), ops.gathered(block, here)
             done += len(here)
 
     def take(self, indices: np.ndarray[Any, Any]) -> Array:

@@ -17,7 +17,7 @@ from mfac_core._arrays import (
 )
 from mfac_core._ops import rows as ops
 from mfac_core._progress import track
-from mfac_core._rows import Columns, Reduce, Rows, gathered
+from mfac_core._rows import Columns, Reduce, Rows
 
 PART_BYTES = 1 << 25
 """What is read of a file at a time, and the stride of a progress bar."""
@@ -52,7 +52,11 @@ class ArrayRows(Rows):
 
     def take(self, indices: np.ndarray[Any, Any]) -> Array:
         """See :meth:`Rows.take`."""
-        return self.home.receive(gathered(self.array, indices))[: self.used, :]
+        return ops.take(self.array, indices, self.home)[: self.used, :]
+
+    def pair_products(self, columns: np.ndarray[Any, Any], right: Array) -> Array:
+        """See :meth:`Rows.pair_products`."""
+        return ops.pair_products(self.array, columns, right, self.home)
 
     def read(self, columns: slice) -> Array:
         """See :meth:`Rows.read`."""
@@ -127,7 +131,7 @@ class SplitRows(Rows):
         result = self.home.zeros((self.used, len(indices)))
         for columns, array in zip(self._slices, self._arrays, strict=True):
             here = np.flatnonzero((indices >= columns.start) & (indices < columns.stop))
-            taken = self.home.receive(gathered(array, indices[here] - columns.start))
+            taken = ops.take(array, indices[here] - columns.start, self.home)
             for position, k in enumerate(here):
                 result[:, int(k)] = taken[:, position]
         return result

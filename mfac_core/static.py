@@ -8,7 +8,7 @@ import numpy as np
 
 from mfac_core import _traced
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, is_traced, send, to_numpy
+from mfac_core._arrays import Array, array_namespace, is_traced, send
 from mfac_core._dual import Dual
 from mfac_core._inverse import DampedInverse
 from mfac_core._operator import Indices
@@ -186,8 +186,7 @@ class InverseFisher(DampedInverse):
     def _entries(self, rows: Indices, cols: Indices) -> Array:
         if self._whitened is None:
             return super()._entries(rows, cols)
-        products = self._whitened.take(rows) * self._whitened.take(cols)
-        inner = to_numpy(self._rows.home.xp.sum(products, axis=0))
+        inner = self._whitened.bilinear(rows, cols, lambda w: w)
         return ((rows == cols) - inner) / self._damping
 
     def _frozen(self) -> tuple[Rows, Array]:

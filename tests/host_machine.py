@@ -20,6 +20,15 @@ NUMPY_DTYPES = {
 }
 
 
+class DeviceHome:
+    """A home on the device: what launches ask of one, and that it is not NumPy."""
+
+    is_numpy = False
+
+    def receive(self, x):
+        return x
+
+
 class HostMachine(_cupy.Machine):
     """Takes CuPy arrays over host memory, and PyTorch's CPU tensors as if they were on a device."""
 

@@ -15,7 +15,12 @@ import mfac_core as mfac
 from mfac_core import _primal, _rows
 from mfac_core._arrays import Home
 from mfac_core._ops import _cupy, _generic, cuda, rows
-from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
+from mfac_core.testing import (
+    assert_operator_close,
+    dense_fisher,
+    dense_inverse,
+    error_bound,
+)
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
@@ -64,6 +69,47 @@ def test_the_static_inverse(device, monkeypatch, rng, dtype):
         assert y.dtype == g.dtype
         assert relative_error(y, expected) <= bound
     assert set(device.launches) == {"project", "sum_parts", "combine", "clamped_diagonal"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["inverse", "stored", "window", "fisher", "power"])
+def test_elements(device, monkeypatch, rng, dtype, kind):
+    """Of columns that no pass over the gradients reads; equal indices and repeated ones."""
+    g = tensor(rng.standard_normal((7, 45)), dtype)
+    dense, bound = dense_inverse(g, damping=0.3), error_bound(g, damping=0.3)
+    if kind == "window":
+        operator = mfac.SlidingInverseFisher(45, 9, damping=0.3)  # not full
+        for row in g:
+            operator.append(row)
+    elif kind in ("inverse", "stored"):
+        operator = mfac.InverseFisher(g, damping=0.3, store_whitened=kind == "stored")
+    else:
+        operator, dense = mfac.EmpiricalFisher(g, damping=0.3), dense_fisher(g, damping=0.3)
+    if kind == "power":
+        operator, dense = operator.power(2), dense @ dense
+    monkeypatch.setattr(rows, "gathered", None)
+    i, j = rng.integers(-45, 45, (2, 6)), rng.integers(-45, 45, 6)
+    i[0] = j
+    device.launches.clear()
+    entries = operator.entries(i, j)
+    assert entries.dtype == g.dtype
+    assert set(device.launches) == {"take_columns", "pair_products"}
+    assert abs(numpy64(entries) - dense[i, j]).max() <= bound * abs(dense).max()
+    assert operator.entries([], []).shape == (0,)
+    submatrix = numpy64(operator.submatrix(j))
+    assert abs(submatrix - dense[np.ix_(j, j)]).max() <= bound * abs(dense).max()
+    assert relative_error(operator.column(-3), dense[:, -3]) <= bound
+    assert device.launches["take_columns"] == 3
+
+
+def test_elements_in_batches(device, monkeypatch, rng):
+    g = rng.standard_normal((6, 30))
+    monkeypatch.setattr(_rows, "TAKE_BYTES", 8 * 6 * 7)
+    i, j = rng.integers(0, 30, (2, 50))
+    entries = mfac.InverseFisher(tensor(g, "float64"), damping=0.3).entries(i, j)
+    assert device.launches["pair_products"] == 8
+    bound = error_bound(g, damping=0.3)
+    assert abs(numpy64(entries) - dense_inverse(g, damping=0.3)[i, j]).max() <= bound / 0.3
 
 
 @pytest.mark.parametrize("normalization", ["count", "window"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import numpy64, relative_error
 from cuda_on_cpu import host_array, host_view
-from host_machine import HostMachine
+from host_machine import DeviceHome, HostMachine
 
 import mfac_core as mfac
 from mfac_core._arrays import home_of
@@ -46,7 +46,8 @@ def test_products_are_those_of_the_host_executor(cupy, monkeypatch, rng, dtype, 
     product = rows.project(on_device, x_on_device, exact=False, home=home)
     combination = rows.combine(on_device, cupy.asarray(c), x_on_device, 0.5, dtype=None, exact=True)
     monkeypatch.setattr(_cupy, "machine", HostMachine("fast"))
-    expected = host_view(rows.project(host_array(g), host_array(x), exact=False, home=home))
+    expected = rows.project(host_array(g), host_array(x), exact=False, home=DeviceHome())
+    expected = host_view(expected)
     terms = abs(g.astype("float64")) @ abs(x.astype("float64"))
     assert (abs(numpy64(product) - expected) <= d * 2.0**-52 * terms).all()
     expected = host_view(
@@ -54,6 +55,23 @@ def test_products_are_those_of_the_host_executor(cupy, monkeypatch, rng, dtype, 
     )
     terms = abs(g.astype("float64").T) @ abs(c) + abs(x.astype("float64"))
     assert (abs(numpy64(combination) - expected) <= 16 * 2.0**-52 * terms).all()
+
+
+@pytest.mark.parametrize("m", [1, 33, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elements_are_those_of_the_host_executor(cupy, monkeypatch, rng, dtype, m):
+    g, on_device = stored(cupy, rng, (m, 1001), dtype)
+    columns, right = rng.integers(0, 1001, 77), rng.standard_normal((m, 77))
+    home = home_of(on_device)
+    taken = rows.take(on_device, columns, home)
+    assert (numpy64(taken) == g[:, columns].astype("float64")).all()
+    products = rows.pair_products(on_device, columns, cupy.asarray(right), home)
+    of_columns = rows.pair_products(on_device, columns, cupy.asarray(right.T.copy()).T, home)
+    assert (of_columns == products).all()
+    monkeypatch.setattr(_cupy, "machine", HostMachine("fast"))
+    expected = rows.pair_products(host_array(g), columns, host_array(right), DeviceHome())
+    terms = abs(g[:, columns].astype("float64") * right).sum(axis=0)
+    assert (abs(numpy64(products) - host_view(expected)) <= m * 2.0**-52 * terms).all()
 
 
 @pytest.mark.parametrize("m", [1, 33, 1024, 1500])
@@ -119,6 +137,11 @@ def test_more_than_two_to_the_31_elements(cupy, rng):
     c = rng.standard_normal(m)
     y = rows.combine(g, cupy.asarray(c), None, 1.0, dtype=g.dtype, exact=True)
     assert relative_error(y[places].get(), c @ values.astype("float64")) <= 2.0**-10
+    taken = rows.take(g, places, home_of(g))
+    assert (taken.get() == values).all()
+    products = rows.pair_products(g, places, taken, home_of(g))
+    squares = (values.astype("float64") ** 2).sum(axis=0)
+    assert relative_error(products.get(), squares) <= 1e-12
 
 
 def test_under_compute_sanitizer(cupy):

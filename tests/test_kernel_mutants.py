@@ -11,17 +11,11 @@ import re
 import numpy as np
 import pytest
 from cuda_on_cpu import KernelError, host_array, host_view
-from host_machine import HostMachine
+from host_machine import DeviceHome, HostMachine
 
-from mfac_core._ops import _cuda_blocks, _cupy, cuda, dense, rows
+from mfac_core._ops import _cuda_blocks, _cuda_queries, _cupy, cuda, dense, rows
 
 ORDERS = ("forward", "backward", "random")
-
-
-class Device:
-    """A home whose arrays are not NumPy's."""
-
-    is_numpy = False
 
 
 def products(machine, rng):
@@ -31,10 +25,10 @@ def products(machine, rng):
     """
     m, d = 11, 2048 + 60
     g, x = rng.standard_normal((m, d)), rng.standard_normal((d, 2))
-    y = rows.project(host_array(g), host_array(x), exact=True, home=Device())
+    y = rows.project(host_array(g), host_array(x), exact=True, home=DeviceHome())
     yield host_view(y), g @ x
     ring = host_array(g)
-    y, _ = rows.exchange(ring, 8, host_array(x[:, 0].copy()), Device())
+    y, _ = rows.exchange(ring, 8, host_array(x[:, 0].copy()), DeviceHome())
     g[8] = x[:, 0]
     yield host_view(y), g @ x[:, 0]
     yield host_view(ring), g
@@ -86,12 +80,28 @@ def diagonals(machine, rng):
     whitened = columns / np.sqrt(0.1 + (columns**2).sum(axis=0))
     whitened *= rng.choice([0.0, 0.5, 1.5], 37)
     diagonal, rest = dense.clamped_diagonal(
-        Device(), host_array(whitened), host_array(columns), 0.1, 11
+        DeviceHome(), host_array(whitened), host_array(columns), 0.1, 11
     )
     taken = (whitened**2).sum(axis=0)
     yield host_view(rest), 1 - taken
     low = 1 / (0.1 + (columns**2).sum(axis=0) / 11)
     yield host_view(diagonal), np.clip((1 - taken) / 0.1, low, 10.0)
+
+
+def elements(machine, rng):
+    """Run both halves of an element: a last group that is not full, rows that fill no group.
+
+    The grid of the first is too low for all rows; what lies behind them and beside the columns is
+    not to be read.
+    """
+    g, right = rng.standard_normal((37, 9)), rng.standard_normal((37, 40))
+    columns = rng.integers(0, 9, 40)
+    for tallest in (1, 65535):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_cuda_queries, "LARGEST_GRID_Y", tallest)
+            yield host_view(rows.take(host_array(g), columns, DeviceHome())), g[:, columns]
+    products = rows.pair_products(host_array(g), columns, host_array(right), DeviceHome())
+    yield host_view(products), (g[:, columns] * right).sum(axis=0)
 
 
 def loads_and_stores(machine, rng):
@@ -122,6 +132,7 @@ EXERCISES = {
     "sum.cu": sums,
     "dual.cu": replacements,
     "diagonal.cu": diagonals,
+    "entries.cu": elements,
     "blocks.cu": blocks,
 }
 

@@ -10,21 +10,15 @@ import numpy as np
 import pytest
 import torch
 from cuda_on_cpu import host_array, host_view
-from host_machine import NUMPY_DTYPES, HostMachine
+from host_machine import NUMPY_DTYPES, DeviceHome, HostMachine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfac_core._ops import _cuda_blocks, _cupy, cuda, dense, rows
+from mfac_core._ops import _cuda_blocks, _cuda_queries, _cupy, cuda, dense, rows
 
 EPS = np.finfo("float64").eps
 STORAGE = ["float32", "float64", "float16", "bfloat16"]
 ORDERS = st.sampled_from(["forward", "backward", "random"])
-
-
-class Device:
-    """A home whose arrays are not NumPy's; the launches themselves need nothing of it."""
-
-    is_numpy = False
 
 
 @pytest.fixture(params=["fast", "check"])
@@ -79,7 +73,7 @@ def test_project(machine, dtype, other):
         rng = np.random.default_rng(seed)
         g, exact_g = stored(rng, (m, d), dtype)
         x, exact_x = stored(rng, (d, columns) if columns else (d,), x_dtype)
-        product = rows.project(host_array(g), host_array(x), exact=False, home=Device())
+        product = rows.project(host_array(g), host_array(x), exact=False, home=DeviceHome())
         assert ran(machine, "project", "sum_parts")
         expected, bound = contract(exact_g, exact_x)
         assert product.dtype == np.float64
@@ -103,7 +97,7 @@ def test_exchange_writes_the_row_it_reads(machine, dtype):
         g[i] = np.nan
         ring = host_array(g)
         assert rows.exchanges(ring, host_array(row))
-        product, norm2 = rows.exchange(ring, i, host_array(row), Device())
+        product, norm2 = rows.exchange(ring, i, host_array(row), DeviceHome())
         assert ran(machine, "project", "sum_parts")
         assert host_view(norm2)[0] == pytest.approx(exact_row @ exact_row, rel=(d + 8) * EPS)
         expected_ring = g.copy()
@@ -122,7 +116,7 @@ def test_exchange_keeps_the_row_where_the_new_one_is_not_finite(machine, rng, va
     row[77] = value
     for machine.order in ("forward", "backward", "random"):
         ring = host_array(g.copy())
-        product, norm2 = rows.exchange(ring, 8, host_array(row), Device())
+        product, norm2 = rows.exchange(ring, 8, host_array(row), DeviceHome())
         assert not np.isfinite(host_view(norm2)[0])
         assert (host_view(ring) == g).all()
         expected, bound = contract(exact_g, exact_g[8])
@@ -265,7 +259,7 @@ def test_clamped_diagonal(machine):
         whitened = columns / np.sqrt(m * damping + (columns**2).sum(axis=0))
         whitened *= rng.choice([0.0, 0.5, 1.0, 1.5], width)
         diagonal, rest = dense.clamped_diagonal(
-            Device(),
+            DeviceHome(),
             host_array(whitened.T).T if transposed else host_array(whitened),
             host_array(columns),
             damping,
@@ -282,6 +276,59 @@ def test_clamped_diagonal(machine):
         assert (diagonal >= low / slack).all()
         assert (diagonal <= 1 / damping * slack).all()
         assert (abs(diagonal - expected) <= bound / damping + low * (slack - 1)).all()
+
+    check()
+
+
+PAIRS = {
+    "m": st.one_of(st.integers(1, 40), st.sampled_from([64, 130])),
+    "d": st.integers(1, 70),
+    "count": st.one_of(st.integers(1, 40), st.sampled_from([64, 100])),
+    "order": ORDERS,
+    "seed": st.integers(0, 2**31),
+}
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_columns_by_index(machine, monkeypatch, dtype):
+    @settings(max_examples=15)
+    @given(tall=st.booleans(), **PAIRS)
+    def check(m, d, count, order, seed, tall):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        g, exact = stored(rng, (m, d), dtype)
+        columns = rng.integers(0, d, count)
+        with monkeypatch.context() as patch:
+            if not tall:  # a grid that does not reach the last row
+                patch.setattr(_cuda_queries, "LARGEST_GRID_Y", 2)
+            taken = rows.take(host_array(g), columns, DeviceHome())
+        assert ran(machine, "take_columns")
+        assert taken.dtype == np.float64
+        assert (host_view(taken) == exact[:, columns]).all()
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_pair_products(machine, dtype):
+    @settings(max_examples=20)
+    @given(transposed=st.booleans(), unused=st.integers(0, 3), **PAIRS)
+    def check(m, d, count, order, seed, transposed, unused):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        g, exact = stored(rng, (m + unused, d), dtype)
+        g[m:] = np.nan
+        columns, right = rng.integers(0, d, count), rng.standard_normal((m, count))
+        products = rows.pair_products(
+            host_array(g),
+            columns,
+            host_array(right.T).T if transposed else host_array(right),
+            DeviceHome(),
+        )
+        assert ran(machine, "pair_products")
+        terms = exact[:m, columns] * right
+        bound = (m + 8) * EPS * abs(terms).sum(axis=0)
+        assert (abs(host_view(products) - terms.sum(axis=0)) <= bound).all()
 
     check()
 
@@ -356,7 +403,14 @@ def test_what_no_kernel_takes_is_left_to_the_generic_path(machine, rng, change):
         assert not cuda.serves_product(host_array(g).T, host_array(x))
         return
     if change == "strided":
-        assert not cuda.serves_product(host_array(g)[:, ::2], host_array(x[:4]))
+        strided = host_array(g)[:, ::2]
+        assert not cuda.serves_product(strided, host_array(x[:4]))
+        assert not _cuda_queries.serves_columns(strided)
+        right = host_array(rng.standard_normal((6, 3)))
+        assert not _cuda_queries.serves_pairs(strided, right)
+        assert _cuda_queries.serves_pairs(host_array(g), right)
+        assert not _cuda_queries.serves_pairs(host_array(g), right[:, ::2])
+        assert not _cuda_queries.serves_pairs(host_array(g), right[:, :0])
         return
     if change == "integers":
         g = g.astype("int64")
@@ -377,7 +431,7 @@ def test_rows_that_start_anywhere_are_read_rightly(machine, rng, offset):
     x = rng.standard_normal(64).astype("float32")
     g = host_array(storage)[offset:].reshape(3, 64)
     exact = storage[offset:].reshape(3, 64).astype("float64")
-    product = rows.project(g, host_array(x), exact=False, home=Device())
+    product = rows.project(g, host_array(x), exact=False, home=DeviceHome())
     assert ran(machine, "project", "sum_parts")
     expected, bound = contract(exact, x.astype("float64"))
     assert (abs(host_view(product) - expected) <= bound).all()

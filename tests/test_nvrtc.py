@@ -29,6 +29,7 @@ def variants():
         exchange = {"G_T": storage, "X_T": storage, "COLUMNS": 1, "WIDTH": WIDEST[storage]}
         yield "project.cu", {**exchange, "EXCHANGE": 1}, 256
         yield "sum.cu", {"X_T": storage, "OUT_T": storage}, 256
+        yield "entries.cu", {"G_T": storage}, 512
         for width in (32, 64, 128):
             macros = {"BLOCK": width, "G_T": storage, "X_T": storage, "OUT_T": storage}
             yield "blocks.cu", macros, 256

@@ -97,7 +97,7 @@ def test_stored_whitened_gradients_give_the_same_elements(rng, backend, dtype):
 
 def test_many_elements_come_in_batches(rng, monkeypatch):
     g = rng.standard_normal((6, 30))
-    monkeypatch.setattr("mfac_core._lowrank.TAKE_BYTES", 8 * 6 * 7)
+    monkeypatch.setattr("mfac_core._rows.TAKE_BYTES", 8 * 6 * 7)
     rows, cols = rng.integers(0, 30, (2, 50))
     entries = mfac.InverseFisher(g, damping=0.3).entries(rows, cols)
     assert np.abs(entries - dense_inverse(g, damping=0.3)[rows, cols]).max() <= 1e-12

@@ -123,6 +123,46 @@ def passes(card: Card, m: int, d: int, dtype: str) -> list[Row]:
     ]
 
 
+def elements(card: Card, m: int, d: int, count: int, dtype: str) -> list[Row]:
+    """Time elements of F⁻¹, and the kernels in them, against gathered columns and their products."""
+    cupy = card.cupy
+    g = card.random(m, d, dtype)
+    i, j = np.random.default_rng(0).integers(0, d, (2, count))
+    on_device = cupy.asarray(i)
+    inverse = mfac.InverseFisher(g, damping=1e-3)
+    right = cupy.random.standard_normal((m, count))
+    dual = cupy.linalg.inv(inverse.dual)
+    what = f"{count:,} elements, m {m}, d {d:,}, {dtype}"
+
+    def gathered(columns: Any) -> Any:
+        return cupy.take(g, cupy.asarray(columns), axis=1).astype("float64")
+
+    def by_library() -> object:
+        inner = (gathered(i) * (dual @ gathered(j))).sum(axis=0)
+        return (cupy.asarray(i == j) - inner) / 1e-3
+
+    return [
+        card.compare(
+            f"take_columns, {what}",
+            lambda: rows.take(g, i, home_of(g)),
+            count * m * (g.itemsize + 8),
+            {"CuPy, take and astype": lambda: gathered(on_device)},
+        ),
+        card.compare(
+            f"pair_products, {what}",
+            lambda: rows.pair_products(g, i, right, home_of(g)),
+            count * m * (g.itemsize + 8),
+            {"CuPy, take, × and sum": lambda: (gathered(on_device) * right).sum(axis=0)},
+        ),
+        card.compare(
+            f"entries, {what}",
+            lambda: inverse.entries(i, j),
+            0,
+            {"CuPy, with A⁻¹ known": by_library},
+        ),
+    ]
+
+
 def dual_update(card: Card, m: int) -> list[Row]:
     """Time the exchange of a row of the dual and its inverse, against factoring it anew."""
     cupy = card.cupy
@@ -227,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
             if d <= largest:
                 results += passes(card, m, d, dtype)
                 results += window_step(card, m, d, dtype)
+    for count in (1, 4096):
+        results += elements(card, m, 270_000, count, "float32")
     results += dual_update(card, m)
     for width in (64, 128):
         results += small_blocks(card, m // 4, width, 64 if options.quick else 4096)

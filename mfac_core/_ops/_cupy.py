@@ -121,7 +121,9 @@ class Machine:
 
     def receive(self, x: Array) -> Any:
         """View an array as CuPy's, C-contiguous: copied only where it is not, or is NumPy's."""
-        return self.borrow(self.contiguous(x)) if self.holds(x) else self._cupy().asarray(x)
+        if self.holds(x):
+            return self.borrow(self.contiguous(x))
+        return self._cupy().asarray(x, order="C")
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Array:
         """Return an array for results, of the caller's library, or of CuPy where it cannot be.

@@ -39,6 +39,9 @@ COMBINE_ROWS = 64
 
 LARGEST_GRID_Y = 65535
 
+LARGEST_ROWS = 2**31 // MOST_COLUMNS
+"""Rows that kernels count in 32 bits."""
+
 
 def serves(*arrays: Array) -> bool:
     """Whether kernels take these arrays as they are."""
@@ -52,7 +55,7 @@ def serves_product(g: Array, *others: Array | None) -> bool:
     """
     given = [x for x in others if x is not None]
     few = all(x.ndim == 1 or x.shape[1] <= MOST_COLUMNS for x in given)
-    return few and g.shape[0] < 2**31 // MOST_COLUMNS and serves(g) and all(map(_reaches, given))
+    return few and g.shape[0] < LARGEST_ROWS and serves(g) and all(map(_reaches, given))
 
 
 def serves_combination(g: Array, c: Array, base: Array | None) -> bool:
@@ -79,7 +82,7 @@ def is_contiguous(x: Array) -> bool:
 def project(g: Array, x: Array, home: Home) -> Array:
     """G x as float64 in ``home``; see :func:`mfac_core._ops.rows.project`."""
     with _cupy.machine.at(g):
-        return _sent_home(_project(g, x, None, None), home)
+        return home.receive(_project(g, x, None, None))
 
 
 def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
@@ -88,7 +91,7 @@ def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
         row = _cupy.machine.contiguous(row)
         norm2 = _project(row[None, :], row, None, None)
         products = _project(g, row, i, norm2)
-        return _sent_home(products, home), _sent_home(norm2, home)
+        return home.receive(products), home.receive(norm2)
 
 
 def _project(g: Array, x: Array, slot: int | None, norm2: Array | None) -> Array:
@@ -231,41 +234,9 @@ def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Ar
         return failed
 
 
-def serves_diagonal(whitened: Array, columns: Array) -> bool:
-    """Whether kernels take a block of columns, and the whitened block in either order."""
-    return serves(columns) and (serves(whitened) or serves(whitened.T))
-
-
 def later(x: Array) -> Callable[[], Any]:
-    """See :func:`mfac_core._ops.dense.later`."""
+    """See :func:`mfac_core._ops.rows.later`."""
     return _cupy.machine.later(x)
-
-
-def clamped_diagonal(
-    whitened: Array, columns: Array, damping: float, divisor: float
-) -> tuple[Array, Array]:
-    """See :func:`mfac_core._ops.dense.clamped_diagonal`."""
-    m, width = whitened.shape
-    steps = (width, 1) if is_contiguous(whitened) else (1, m)
-    lent = whitened if is_contiguous(whitened) else whitened.T
-    with _cupy.machine.at(columns):
-        diagonal = _cupy.machine.empty((width,), "float64", columns)
-        rest = _cupy.machine.empty((width,), "float64", columns)
-        launch(
-            "diagonal.cu",
-            "clamped_diagonal",
-            {},
-            (-(-width // 32),),
-            (32, 8),
-            *map(_cupy.machine.borrow, (lent, columns, diagonal, rest)),
-            np.int32(m),
-            np.int32(width),
-            np.int64(steps[0]),
-            np.int64(steps[1]),
-            np.float64(damping),
-            np.float64(divisor),
-        )
-        return diagonal, rest
 
 
 def _columns(x: Array) -> int:
@@ -281,7 +252,3 @@ def _width(d: int, *operands: tuple[Any, Any]) -> int:
     while d % width:
         width //= 2
     return width
-
-
-def _sent_home(x: Array, home: Home) -> Array:
-    return x.get() if home.is_numpy else x

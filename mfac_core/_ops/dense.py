@@ -16,7 +16,7 @@ import scipy
 from array_api_compat import is_cupy_namespace, is_torch_namespace
 
 from mfac_core._arrays import Array, Home
-from mfac_core._ops import cuda
+from mfac_core._ops import _cuda_queries, cuda
 
 UPDATE_ROWS = 64
 """Rows of a rank-two update at a time: the product they are added to stays in cache."""
@@ -95,8 +95,8 @@ def clamped_diagonal(
 
     F_ii is λ + Σ G²/divisor.
     """
-    if cuda.serves_diagonal(whitened, columns):
-        return cuda.clamped_diagonal(whitened, columns, damping, divisor)
+    if _cuda_queries.serves_diagonal(whitened, columns):
+        return _cuda_queries.clamped_diagonal(whitened, columns, damping, divisor)
     xp = home.xp
     rest = 1.0 - xp.sum(whitened * whitened, axis=0)
     fisher = damping + xp.sum(columns * columns, axis=0) / divisor

@@ -25,7 +25,7 @@ from mfac_core._arrays import (
     is_numpy_array,
     to_numpy,
 )
-from mfac_core._ops import _blas, _generic, cuda
+from mfac_core._ops import _blas, _cuda_queries, _generic, cuda
 from mfac_core._ops._blocks import column_slices as column_slices
 from mfac_core._ops._blocks import wide_columns as wide_columns
 
@@ -61,6 +61,31 @@ def combine(
     if cuda.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
         return cuda.combine(g, c, base, alpha, dtype=dtype)
     return _generic.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
+
+
+def take(g: Array, columns: np.ndarray[Any, Any], home: Home) -> Array:
+    """Columns of G by index as float64 in ``home``, shape (m, len(columns))."""
+    if len(columns) and _cuda_queries.serves_columns(g):
+        return _cuda_queries.take(g, columns, home)
+    return home.receive(gathered(g, columns))
+
+
+def gathered(g: Array, columns: np.ndarray[Any, Any]) -> Array:
+    """Columns of G by index, in its own dtype and on its own device."""
+    xp = array_namespace(g)
+    if is_jax_array(g):
+        return xp.take(g, columns, axis=1)
+    return xp.take(g, xp.asarray(columns, device=device(g)), axis=1)
+
+
+def pair_products(g: Array, columns: np.ndarray[Any, Any], right: Array, home: Home) -> Array:
+    """Σᵣ G[r, columns[p]] right[r, p] as float64 in ``home``, shape (len(columns),).
+
+    ``right`` is in the home, of as many rows as G has in use.
+    """
+    if _cuda_queries.serves_pairs(g, right):
+        return _cuda_queries.pair_products(g, columns, right, home)
+    return home.xp.sum(take(g, columns, home)[: right.shape[0], :] * right, axis=0)
 
 
 def wide_blocks(g: Array, home: Home) -> Iterator[tuple[slice, Array]]:

@@ -10,7 +10,7 @@ replacements.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import array_api_extra as xpx
@@ -53,7 +53,7 @@ class Dual:
         self._inverse: Array | None = None
         self._replaced = 0  # rows replaced since K was computed
         self._probe: Array | None = None  # last vector of the power iteration
-        self._doubt: Callable[[], Any] | None = None  # tells whether K is to be given up
+        self.doubt: Array | None = None  # on a device, [0] or more where K is to be given up
 
     def __len__(self) -> int:
         return int(self.gram.shape[0])
@@ -73,7 +73,7 @@ class Dual:
 
     def forget(self) -> None:
         """Drop what was derived from the matrix."""
-        self._factor = self._inverse = self._probe = self._doubt = None
+        self._factor = self._inverse = self._probe = self.doubt = None
         self._replaced = 0
 
     def grow(self) -> None:
@@ -96,8 +96,7 @@ class Dual:
         if self._inverse is not None:
             self._replaced += 1
             if not self.home.is_numpy and dense.replaces(self._inverse, self.gram, row):
-                self._failed = dense.replace(self._inverse, self.gram, i, row, self.shift)
-                self._doubt = dense.later(self._failed)
+                self.doubt = dense.replace(self._inverse, self.gram, i, row, self.shift)
                 return
             self._inverse = self._replaced_inverse(self._inverse, i, row)
         self.gram[i, :] = row
@@ -144,7 +143,7 @@ class Dual:
         """A⁻¹eᵢ, shape (m,); to be asked for again where :meth:`doubtful` then says so."""
         e = self.home.zeros(len(self))
         e[i] = 1.0
-        if self._doubt is not None and self._inverse is not None:
+        if self.doubt is not None and self._inverse is not None:
             return self._refined_unseen(e, self._inverse[:, i])
         if self._inverse is not None:
             y = self._refined(e, self._inverse[:, i])
@@ -153,15 +152,16 @@ class Dual:
             self._inverse = None
         return dense.cholesky_solve(self.home, self.factor(), e)
 
-    def doubtful(self) -> bool:
+    def doubtful(self, found: float | None = None) -> bool:
         """Whether a device has found K too far from A⁻¹, which is then given up.
 
-        Waits for the checks that follow a replacement there; on the host they have been made.
+        Waits for :attr:`doubt`, unless the caller has looked at it and says what was ``found``.
         """
-        if self._doubt is None:
+        if self.doubt is None:
             return False
-        doubt, self._doubt = self._doubt, None
-        if doubt()[0]:
+        found = self.doubt[0] if found is None else found
+        self.doubt = None
+        if bool(found):
             self._inverse = None
             return True
         return False
@@ -258,7 +258,7 @@ class Dual:
         xp = self.home.xp
         correction = self._correction(b, y)
         sound = xp.sum(correction * correction) <= LARGEST_CORRECTION**2 * xp.sum(y * y)
-        self._doubt = dense.later(xp.astype(~sound, xp.int32)[None] + self._failed)
+        self.doubt = xp.astype(~sound, xp.int32)[None] + self.doubt
         y = y + correction
         return y + self._correction(b, y)
 

@@ -24,7 +24,7 @@ def save(window: SlidingInverseFisher) -> dict[str, Any]:
         "window_size": window.window_size,
         "damping": window.damping,
         "normalization": window.normalization,
-        "slots": np.asarray(window._slots, dtype=np.int64),
+        "slots": np.asarray(window._rows.slots, dtype=np.int64),
     }
     if window._allocated:
         rows = window._rows
@@ -88,8 +88,8 @@ def _fill(window: SlidingInverseFisher, state: Mapping[str, Any]) -> None:
     rows = window._rows
     for i in range(used):
         rows.write(i, send(gradients[i, :], rows.array, rows.dtype))
-    rows.exact = bool(state["exact"]) or window._always_exact
-    window._slots = slots
+    rows.exact = bool(state["exact"]) or rows.always_exact
+    rows.slots = slots
     window._exact_steps = int(state["exact_steps"])
     window._reshift()
     window._dual.restore(state)

@@ -24,7 +24,7 @@ PART_BYTES = 1 << 25
 
 
 class ArrayRows(Rows):
-    """The rows of one array, which may be a ring that is written row by row."""
+    """The rows of one array, all of them or the first."""
 
     def __init__(
         self,
@@ -65,41 +65,6 @@ class ArrayRows(Rows):
     def stretch(self, start: int, stop: int) -> ArrayRows:
         """See :meth:`Rows.stretch`."""
         return ArrayRows(self.array[:, start:stop], self.used, progress=self.progress)
-
-    def write(self, i: int, row: Array) -> None:
-        """Set row i, and use it from now on."""
-        self.used = max(self.used, i + 1)
-        self.array = ops.write(self.array, i, row)
-        self.like = self.array
-
-    def exchange(self, i: int, row: Array, norm2: float) -> Array:
-        """Set row i to a finite row of square norm ``norm2`` and return the Gram's row of it."""
-        if self.exchanges(row):
-            return self.exchange_unseen(i, row)[0]
-        with np.errstate(over="ignore", invalid="ignore"):
-            products = self.project(row)
-        if not bool(self.home.xp.all(self.home.xp.isfinite(products))):
-            self.exact = True  # finite rows whose products overflow float32
-            products = self.project(row)
-        used = self.used
-        self.write(i, row)
-        of_gram = self.home.zeros(self.used)
-        of_gram[:used] = products
-        of_gram[i] = norm2
-        return of_gram
-
-    def exchanges(self, row: Array) -> bool:
-        """Whether :meth:`exchange_unseen` takes a row; over ranks its sums would have to wait."""
-        on_device = self.reduce is None and not self.home.is_numpy
-        return on_device and ops.exchanges(self.array, row)
-
-    def exchange_unseen(self, i: int, row: Array) -> tuple[Array, Array]:
-        """Do as :meth:`exchange` on a device, without waiting; also return ‖row‖², shape (1,).
-
-        Where that is not finite, the row that was there stays, and is exchanged for itself.
-        """
-        self.used = max(self.used, i + 1)
-        return ops.exchange(self.array[: self.used, :], i, row, self.home)
 
 
 class SplitRows(Rows):

@@ -174,6 +174,19 @@ def index(value: Any, name: str, length: int) -> int:
     return position % length
 
 
+def finite_norm(norm2: float, dtype: Any, *, late: bool = False) -> None:
+    """Refuse a gradient of this squared norm; ``late`` for one of the call before."""
+    if np.isfinite(norm2):
+        return
+    msg = (
+        f"g must be finite in the window's dtype {dtype}, with a squared norm within float64, "
+        "got a NaN, an infinity or an overflow; skip or scale this gradient"
+    )
+    if late:
+        msg = f"the append_matvec before, with check_finite=False: {msg}, and repeat this call"
+    raise ValueError(msg)
+
+
 def indices(
     value: Any, name: str, length: int, *, ndim: tuple[int, ...] | None = None
 ) -> np.ndarray[Any, np.dtype[np.int64]]:

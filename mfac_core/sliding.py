@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, device
 from mfac_core._dual import Dual
 from mfac_core._inverse import DampedInverse
-from mfac_core._ops import rows as ops
+from mfac_core._ring import Ring
 from mfac_core._rows import Reduce, Rows
-from mfac_core._storage import ArrayRows
+from mfac_core._unseen import Unseen
 
 LARGEST_CANCELLATION = 128.0
 """Terms of Gᵀc relative to their sum above which it is summed in float64."""
@@ -84,17 +84,11 @@ class SlidingInverseFisher(DampedInverse):
     array([0.        , 0.42857143])
     """
 
-    _rows: ArrayRows
+    _rows: Ring
     _largest_rounding = 2.0**-14  # every step would pay for float64 passes
 
-    _slots: list[int]
-    """Rows of the ring, oldest gradient first."""
-
-    _unseen: tuple[Callable[[], Any], list[int]] | None
-    """The last gradient's squared norm on its way from a device, and the rows held before it."""
-
-    _always_exact: bool
-    """Whether products with the ring run in float64 whatever is asked."""
+    _unseen: Unseen | None
+    """What a device has found of the last step, until it is acted on."""
 
     def __init__(
         self,
@@ -122,14 +116,14 @@ class SlidingInverseFisher(DampedInverse):
         self._given = (xp, dtype, device)
         # Until library and dtype are known the ring has no rows.
         space = np if xp is None else xp
-        self._hold(space.zeros((0, self.num_params), dtype=dtype, **_on(device)))
+        self._hold(Ring.zeros(space, (0, self.num_params), dtype, device, reduce))
         if xp is not None and dtype is not None:
             self._allocate(self._rows.array)
 
     # -- the window ------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._rows.slots)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,14 +147,17 @@ class SlidingInverseFisher(DampedInverse):
 
     @damping.setter
     def damping(self, value: float) -> None:
-        self._damping = check.positive_number(value, "damping")
+        value = check.positive_number(value, "damping")
+        self._accept()
+        self._damping = value
         self._reshift()
 
     @property
     def gram(self) -> Array:
         """G Gᵀ of the gradients held, oldest first, shape (len, len), float64: a copy."""
+        self._accept()
         xp, home = self._rows.home.xp, self._rows.home
-        slots = xp.asarray(np.asarray(self._slots, dtype=np.int64), device=home.device)
+        slots = xp.asarray(np.asarray(self._rows.slots, dtype=np.int64), device=home.device)
         return xp.take(xp.take(self._dual.gram, slots, axis=0), slots, axis=1)
 
     @property
@@ -171,11 +168,8 @@ class SlidingInverseFisher(DampedInverse):
     @property
     def gradients(self) -> Array:
         """The gradients held, oldest first, shape (len, d): a copy."""
-        if not self._slots:
-            return self._rows.array[:0, :]
-        xp = self._rows.xp
-        slots = xp.asarray(self._slots, **_on(self._rows.device))
-        return xp.take(self._rows.array, slots, axis=0)
+        self._accept()
+        return self._rows.held()
 
     def append(self, g: Array) -> None:
         """Add a gradient; a full window drops its oldest.
@@ -197,19 +191,19 @@ class SlidingInverseFisher(DampedInverse):
         -----
         One pass over the window and O(m²).
         """
-        self._append(g)
+        self._send(*self._append(g))
         self._accept()
 
-    def _append(self, g: Array) -> None:
-        """Add a gradient; one whose norm has not been seen is still to be accepted."""
+    def _append(self, g: Array) -> tuple[Array | None, list[int]]:
+        """Add a gradient; see :meth:`_exchange`."""
+        self._accept()
         full = len(self) == self.window_size
         g, norm2 = self._gradient_argument(g, unseen=full)
         if full:
-            oldest, *others = self._slots
-            self._exchange(oldest, g, norm2, [*others, oldest])
-        else:
-            slot = self._free_slot()
-            self._exchange(slot, g, norm2, [*self._slots, slot])
+            oldest, *others = self._rows.slots
+            return self._exchange(oldest, g, norm2, [*others, oldest])
+        slot = self._rows.free_slot()
+        return self._exchange(slot, g, norm2, [*self._rows.slots, slot])
 
     def replace(self, i: int, g: Array) -> None:
         """Exchange a gradient that is held; it keeps its age.
@@ -228,9 +222,10 @@ class SlidingInverseFisher(DampedInverse):
         TypeError, ValueError
             See :meth:`append`.
         """
+        self._accept()
         i = check.index(i, "i", len(self))
         g, norm2 = self._gradient_argument(g, unseen=True)
-        self._exchange(self._slots[i], g, norm2, self._slots)
+        self._send(*self._exchange(self._rows.slots[i], g, norm2, self._rows.slots))
         self._accept()
 
     def remove(self, i: int) -> None:
@@ -246,19 +241,23 @@ class SlidingInverseFisher(DampedInverse):
         IndexError
             If no such gradient is held.
         """
+        self._accept()
         i = check.index(i, "i", len(self))
-        slots = [slot for position, slot in enumerate(self._slots) if position != i]
-        zero = self._rows.array[self._slots[i], :] * 0
+        slots = [slot for position, slot in enumerate(self._rows.slots) if position != i]
+        zero = self._rows.array[self._rows.slots[i], :] * 0
         # An empty slot is a zero row: it adds nothing to any product.
-        self._exchange(self._slots[i], zero, 0.0, slots)
+        self._exchange(self._rows.slots[i], zero, 0.0, slots)
 
-    def append_matvec(self, g: Array) -> Array:
+    def append_matvec(self, g: Array, *, check_finite: bool = True) -> Array:
         """Add a gradient and return F⁻¹g = n Gᵀ A⁻¹ eⱼ, j its row, with it in the window.
 
         Parameters
         ----------
         g : array, shape (d,)
             See :meth:`append`.
+        check_finite : bool, default True
+            Wait, on a device, for whether ``g`` was finite. With False the caller vouches for it,
+            and a full window queues the step and returns without waiting; see the notes.
 
         Returns
         -------
@@ -276,27 +275,45 @@ class SlidingInverseFisher(DampedInverse):
         that are nearly collinear or for tiny λ, since nothing is subtracted.
 
         With the CUDA kernels a full window waits for the device once a step, when the last pass is
-        already under way: for whether ``g`` was finite and the dual's inverse still accurate. The
-        refactoring in about m steps waits more often.
+        already under way: for whether ``g`` was finite and the dual's inverse still accurate, which
+        else is factored anew for this result. Steps while the window fills wait too, and so does
+        the refactoring, twice in about m steps.
+
+        With ``check_finite=False`` these two answers are left to the next call on the window that
+        asks for its gradients or its dual. It begins with them, and waits only where the device
+        has not come to the last pass of the step before, so that the host is at most a step ahead.
+        What is one step late, and no more than that:
+
+        - A gradient that is not finite never enters the window, and gives a result of NaN. The next
+          call raises the ValueError in its place, does nothing else, and can be repeated.
+        - Where rounding has spoilt the dual's inverse, that one result has been refined twice with
+          the spoilt inverse, and may be wrong. The next call issues a RuntimeWarning, and factors
+          anew before it computes.
+
+        Elsewhere, and while the window fills, the keyword changes nothing: the squared norm of
+        ``g`` is needed on the host, and to look at it costs nothing.
         """
         dtype = getattr(g, "dtype", None)
-        self._append(g)
+        norm2, before = self._append(g)
         self._settle()
-        y = self._of_held(self._slots[-1], dtype)
-        self._accept()
-        if self._dual.doubtful():
-            y = self._of_held(self._slots[-1], dtype)
+        slot = self._rows.slots[-1]
+        c = self._dual.column(slot) * self._divisor
+        if norm2 is not None:
+            c = c + 0.0 * norm2  # NaN where the norm is not finite: what stayed is another gradient
+        self._send(norm2, before, given_out=not check_finite)
+        y = self._combine_held(c, dtype)
+        if check_finite and self._accept():
+            y = self._combine_held(self._dual.column(slot) * self._divisor, dtype)
         return y
 
-    def _of_held(self, slot: int, dtype: Any) -> Array:
-        """F⁻¹g for the gradient in a slot, of which the dual may still have its doubts."""
-        c = self._dual.column(slot) * self._divisor
-        exact = self._always_exact or self._dual.cancellation(c) > LARGEST_CANCELLATION
+    def _combine_held(self, c: Array, dtype: Any) -> Array:
+        """Gᵀc, in float64 products where its terms cancel."""
+        exact = self._rows.always_exact or self._dual.cancellation(c) > LARGEST_CANCELLATION
         return self._rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
 
     def clear(self) -> None:
         """Remove all gradients; library, dtype and device stay."""
-        self._hold(self._rows.array)
+        self._hold(Ring(self._rows.array, self._reduce))
 
     # -- products --------------------------------------------------------------------------
 
@@ -322,9 +339,7 @@ class SlidingInverseFisher(DampedInverse):
 
     def _frozen(self) -> tuple[Rows, Array]:
         self._settle()
-        ring = self._rows
-        copy = ring.xp.asarray(ring.array[: ring.used, :], copy=True)
-        return ArrayRows(copy, reduce=ring.reduce), self._dual.gram
+        return self._rows.copy(), self._dual.gram
 
     @property
     def _divisor(self) -> int:
@@ -345,6 +360,7 @@ class SlidingInverseFisher(DampedInverse):
         --------
         load_state_dict : Takes it up; later results are then the same bit for bit.
         """
+        self._accept()
         return _state.save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -382,33 +398,20 @@ class SlidingInverseFisher(DampedInverse):
         if unseen and self._rows.exchanges(g):
             return g, None
         norm2 = float(self._rows.square_norms(g))
-        self._refuse_nonfinite(norm2, dtype)
+        check.finite_norm(norm2, dtype)
         if not self._allocated:
             self._allocate(g)
         return g, norm2
 
-    def _refuse_nonfinite(self, norm2: float, dtype: Any) -> None:
-        if not np.isfinite(norm2):
-            msg = (
-                f"g must be finite in the window's dtype {dtype}, with a squared norm within "
-                "float64, got a NaN, an infinity or an overflow; skip or scale this gradient"
-            )
-            raise ValueError(msg)
+    def _send(self, norm2: Array | None, before: list[int], *, given_out: bool = False) -> None:
+        """Let what a device has found of a step set out for the host, for :meth:`_accept`."""
+        if norm2 is not None or self._dual.doubt is not None:
+            self._unseen = Unseen(norm2, before, self._dual, given_out)
 
-    def _accept(self) -> None:
-        """Refuse the gradient exchanged last where its norm, unseen till now, is not finite.
-
-        The device has then kept the old row, and only the order of the rows is to be put back.
-        """
-        if self._unseen is None:
-            return
-        norm2, slots = self._unseen
-        self._unseen = None
-        try:
-            self._refuse_nonfinite(norm2()[0], self.dtype)
-        except ValueError:
-            self._slots = slots
-            raise
+    def _accept(self) -> bool:
+        """Act on what a device found of the last step; whether the dual's inverse is given up."""
+        unseen, self._unseen = self._unseen, None
+        return unseen is not None and unseen.accept(self._rows, self._dual)
 
     @property
     def _allocated(self) -> bool:
@@ -416,22 +419,21 @@ class SlidingInverseFisher(DampedInverse):
 
     def _allocate(self, like: Array) -> None:
         """Make the ring, in the library, dtype and device of ``like``."""
-        shape = (self.window_size, self.num_params)
-        self._hold(array_namespace(like).zeros(shape, dtype=like.dtype, **_on(device(like))))
+        shape, xp = (self.window_size, self.num_params), array_namespace(like)
+        self._hold(Ring.zeros(xp, shape, like.dtype, device(like), self._reduce))
 
-    def _hold(self, ring: Array) -> None:
-        """Start with no gradients in the rows of ``ring``."""
-        self._rows = ArrayRows(ring, used=0, reduce=self._reduce)
-        self._slots = []
+    def _hold(self, ring: Ring) -> None:
+        """Start with a ring of no gradients."""
+        self._rows = ring
         self._dual = Dual(self._rows.home.zeros((0, 0)), self._shift, self._rows.home)
         self._unseen = None
         self._exact_steps = 0  # exchanges since the last look whether float32 would do
-        self._always_exact = self._rows.exact = ops.always_exact(ring)
         self._checked = True
 
     def _settle(self) -> None:
+        self._accept()
         super()._settle()
-        if self._always_exact:
+        if self._rows.always_exact:
             return
         if self._rows.exact and self._exact_steps >= self.window_size:
             # The ill-conditioned gradients may have left. Asking once in a window's length keeps
@@ -439,25 +441,27 @@ class SlidingInverseFisher(DampedInverse):
             self._exact_steps = 0
             self._rows.exact = not self._solution_error() <= self._largest_rounding / 8
 
-    def _free_slot(self) -> int:
-        held = set(self._slots)
-        return next(slot for slot in range(self.window_size) if slot not in held)
+    def _exchange(
+        self, slot: int, g: Array, norm2: float | None, slots: list[int]
+    ) -> tuple[Array | None, list[int]]:
+        """Write ``g`` into a row of the ring, and let ``slots`` be the rows held from now on.
 
-    def _exchange(self, slot: int, g: Array, norm2: float | None, slots: list[int]) -> None:
-        """Write ``g`` into a row of the ring, and let ``slots`` be the rows held from now on."""
+        Returns the squared norm where only a device knows it, and the rows held before.
+        """
+        before, there = self._rows.slots, None
         grows = slot == self._rows.used
         if norm2 is None:
             row, there = self._rows.exchange_unseen(slot, g)
-            self._unseen = (ops.later(there), self._slots)
         else:
             row = self._rows.exchange(slot, g, norm2)
         if grows:
             self._dual.grow()
-        self._slots = slots
+        self._rows.slots = slots
         self._reshift()
         self._dual.replace(slot, row)
         self._checked = False
         self._exact_steps += self._rows.exact
+        return there, before
 
     @property
     def _shift(self) -> float:
@@ -466,7 +470,3 @@ class SlidingInverseFisher(DampedInverse):
     def _reshift(self) -> None:
         self._dual.set_shift(self._shift)
         self._checked = False
-
-
-def _on(device: Any) -> dict[str, Any]:
-    return {} if device is None else {"device": device}

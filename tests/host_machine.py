@@ -37,7 +37,7 @@ class HostMachine(_cupy.Machine):
         self.order = "forward"
         self.seed = 0
         self.launches = Counter()
-        self.looks = 0
+        self.waits = 0
 
     def holds(self, x):
         return is_cupy_array(x) or is_torch_array(x)
@@ -76,8 +76,13 @@ class HostMachine(_cupy.Machine):
         return host_array(np.full(shape, fill, NUMPY_DTYPES[dtype]))
 
     def later(self, x):
-        self.looks += 1
-        return lambda: np.array(host_view(self.borrow(x)))
+        there = np.array(host_view(self.borrow(x)))
+
+        def look():
+            self.waits += 1
+            return there
+
+        return look
 
     @contextlib.contextmanager
     def at(self, x):

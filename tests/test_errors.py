@@ -114,6 +114,11 @@ def window(rng):
     [
         (lambda w: w.append(np.array([1, np.nan, 0, 0])), ValueError, "g must be finite"),
         (lambda w: w.append_matvec(np.full(4, np.inf)), ValueError, "g must be finite"),
+        (
+            lambda w: w.append_matvec(np.full(4, np.inf), check_finite=False),
+            ValueError,
+            r"^g must be finite",
+        ),
         (lambda w: w.append(np.full(4, 1e300)), ValueError, "float32.*overflow"),
         (lambda w: w.append(np.ones(5)), ValueError, r"g must have shape \(4,\), got \(5,\)"),
         (lambda w: w.append(np.ones((1, 4))), ValueError, r"g must have shape \(4,\)"),

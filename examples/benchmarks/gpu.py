@@ -124,7 +124,7 @@ def passes(card: Card, m: int, d: int, dtype: str) -> list[Row]:
 
 
 def elements(card: Card, m: int, d: int, count: int, dtype: str) -> list[Row]:
-    """Time elements of F⁻¹, and the kernels in them, against gathered columns and their products."""
+    """Time elements of F⁻¹, and the kernels in them, against columns gathered by CuPy."""
     cupy = card.cupy
     g = card.random(m, d, dtype)
     i, j = np.random.default_rng(0).integers(0, d, (2, count))

@@ -8,7 +8,6 @@ so what is threaded goes through NumPy, as the passes over the gradients do.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,11 +80,6 @@ def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Ar
     Returns an int32 array there: [0], or [1] where rounding forbade it and the inverse stayed.
     """
     return cuda.replace(inverse, gram, i, row, shift)
-
-
-def later(x: Array) -> Callable[[], Any]:
-    """Start copying a small array from a device; calling what is returned waits for it."""
-    return cuda.later(x)
 
 
 def clamped_diagonal(

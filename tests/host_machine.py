@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from cuda_on_cpu import Module, host_array, host_view
 
-from mfac_core._arrays import is_cupy_array, is_torch_array
-from mfac_core._ops import _cupy
+from mfac_core import _primal, _rows
+from mfac_core._arrays import Home, is_cupy_array, is_torch_array
+from mfac_core._ops import _cupy, rows
 
 NUMPY_DTYPES = {
     "float32": np.dtype("float32"),
@@ -109,3 +110,19 @@ class _RecordingKernel:
         self.kernel.order, self.kernel.seed = self.machine.order, self.machine.seed
         self.kernel.max_dynamic_shared_size_bytes = self.max_dynamic_shared_size_bytes
         self.kernel(grid, block, arguments, shared_mem=shared_mem)
+
+
+def torch_machine(monkeypatch):
+    """Put a machine that holds PyTorch's tensors in the device's place, with a home of theirs."""
+    from array_api_compat import torch as namespace
+
+    machine = HostMachine("check")
+    monkeypatch.setattr(_cupy, "machine", machine)
+    for module in (_primal, _rows, rows):
+        monkeypatch.setattr(module, "home_of", lambda x: Home(namespace, torch.device("cpu")))
+    return machine
+
+
+def tensor(x, dtype):
+    """Make a tensor of a dtype by its name."""
+    return torch.from_numpy(np.array(x, dtype="float64")).to(getattr(torch, dtype))

@@ -120,6 +120,25 @@ def test_operators_of_every_library_on_the_device(cupy, rng, library, dtype):
     assert relative_error(y, expected) <= bound
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_that_do_not_check_give_the_same(cupy, rng, dtype):
+    """Bit for bit; and a gradient that is not finite is refused by the next call."""
+    g = stored(cupy, rng, (40, 3001), dtype)[1]
+    windows = [mfac.SlidingInverseFisher(3001, 8, damping=0.1) for _ in range(2)]
+    expected = [windows[0].append_matvec(row) for row in g]
+    results = [windows[1].append_matvec(row, check_finite=False) for row in g]
+    assert all((y == e).all() for y, e in zip(results, expected, strict=True))
+    held = windows[1].gradients
+    bad = g[0].copy()
+    bad[77] = np.nan
+    assert np.isnan(numpy64(windows[1].append_matvec(bad, check_finite=False))).all()
+    with pytest.raises(ValueError, match="g must be finite"):
+        windows[1].append(g[1])
+    assert (windows[1].gradients == held).all()
+    windows[1].append(g[1])
+    assert (windows[1].gradients[-1] == g[1]).all()
+
+
 def test_more_than_two_to_the_31_elements(cupy, rng):
     """A half-precision G of 2³² elements: 8 GiB."""
     m, d = 4, 2**30 + 24

@@ -24,6 +24,8 @@ from mfac_core._ops import _cuda_blocks, dense, rows
 Act = Callable[[], object]
 Row = dict[str, Any]
 GIB = 2**30
+RUN = 8
+"""Steps in a row, to see what it is worth that the host need not wait between them."""
 
 
 def require_device() -> Any:
@@ -206,7 +208,7 @@ def small_blocks(card: Card, m: int, width: int, count: int) -> list[Row]:
 
 
 def window_step(card: Card, m: int, d: int, dtype: str) -> list[Row]:
-    """Time a step of a full window against two reads of G."""
+    """Time a step of a full window against two reads of G, with the wait in it and without."""
     g = card.random(2, d, dtype)
     window = mfac.SlidingInverseFisher(d, m, damping=1e-3)
     noise = card.random(1, d, dtype)[0]
@@ -217,10 +219,24 @@ def window_step(card: Card, m: int, d: int, dtype: str) -> list[Row]:
     size = 2 * m * d * g.itemsize
     del g
 
-    def step() -> object:
-        return window.append_matvec(card.cupy.roll(noise, 104_729 * next(steps)))
+    def step(*, check_finite: bool) -> object:
+        g = card.cupy.roll(noise, 104_729 * next(steps))
+        return window.append_matvec(g, check_finite=check_finite)
 
-    return [card.compare(f"append_matvec, m {m}, d {d:,}, {dtype}", step, size, {})]
+    def run(*, check_finite: bool) -> None:
+        for _ in range(RUN):
+            step(check_finite=check_finite)
+
+    what = f"m {m}, d {d:,}, {dtype}"
+    return [
+        card.compare(f"append_matvec, {what}", lambda: step(check_finite=True), size, {}),
+        card.compare(
+            f"{RUN} × append_matvec(check_finite=False), {what}",
+            lambda: run(check_finite=False),
+            RUN * size,
+            {"with check_finite=True": lambda: run(check_finite=True)},
+        ),
+    ]
 
 
 def static_setup(card: Card, m: int, d: int) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mfac_core._arrays import Array, Home, is_jax_array, is_torch_array, itemsize
+from mfac_core._arrays import Array, Home, device, is_jax_array, is_torch_array, itemsize
 from mfac_core._ops import _cupy
 from mfac_core._ops._cupy import STORAGE, dtype_name, launch
 
@@ -59,9 +59,13 @@ def serves_product(g: Array, *others: Array | None) -> bool:
 
 
 def serves_combination(g: Array, c: Array, base: Array | None) -> bool:
-    """Whether kernels take G, the weights of its rows, in the home, and what is added."""
+    """Whether kernels take G, the weights of its rows, in the home, and what is added.
+
+    The home may be another device than that of G, where G is in parts.
+    """
     few = c.ndim == 1 or 0 < c.shape[1] <= MOST_COLUMNS
-    here = is_jax_array(g) or _reaches(c)  # JAX's home is NumPy: the weights are copied
+    # JAX's home is NumPy: the weights are copied.
+    here = is_jax_array(g) or (_reaches(c) and device(c) == device(g))
     return few and here and serves_product(g, base)
 
 

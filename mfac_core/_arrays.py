@@ -7,6 +7,7 @@ device otherwise. Nothing here imports an array library other than NumPy.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -142,6 +143,14 @@ class Home:
     def eye(self, n: int) -> Array:
         """Return the float64 identity of size n."""
         return self.xp.eye(n, dtype=self.xp.float64, device=self.device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Modules are pickled by name only inside of what imports them.
+        return _home_by_name, (self.xp.__name__, self.device)
+
+
+def _home_by_name(name: str, device: Any) -> Home:
+    return Home(importlib.import_module(name), device)
 
 
 def home_of(x: Array) -> Home:

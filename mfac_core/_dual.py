@@ -10,11 +10,13 @@ replacements.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import array_api_extra as xpx
 import numpy as np
+import scipy
 
 from mfac_core._arrays import Array, Home, to_numpy
 from mfac_core._ops import dense
@@ -175,6 +177,12 @@ class Dual:
         for _ in range(LARGEST_LIFTS):
             self._factor = dense.cholesky(self.home, self._matrix(self.shift + lift))
             if self._factor is not None:
+                warnings.warn(
+                    f"the dual nλI + GGᵀ is singular in float64, and its nλ = {self.shift:g} was "
+                    f"taken as {self.shift + lift:g}; raise the damping",
+                    scipy.linalg.LinAlgWarning,
+                    stacklevel=2,
+                )
                 return self._factor
             lift *= 8.0
         msg = "the Gram of the gradients is not positive semidefinite, or not finite"
@@ -194,6 +202,10 @@ class Dual:
         """Return log det (A / shift) = 2 Σ log (Lₖₖ / √shift), each term by itself."""
         diagonal = self.home.xp.linalg.diagonal(self.factor())
         return 2.0 * float(self.home.xp.sum(self.home.xp.log(diagonal / math.sqrt(self.shift))))
+
+    def smallest_pivot(self) -> float:
+        """Return min Lₖₖ²: what elimination has left of the least of A's diagonal elements."""
+        return float(self.home.xp.min(self.home.xp.linalg.diagonal(self.factor()))) ** 2
 
     def inverse_norm(self) -> float:
         """Estimate ‖A⁻¹‖₂ by power iteration, from below; infinite where A is indefinite.
@@ -220,6 +232,11 @@ class Dual:
         if not math.isfinite(norm):
             self._probe = None
         return norm
+
+    def gram_norm(self) -> float:
+        """Return ‖GGᵀ‖∞, which is no less than its largest eigenvalue; O(m²)."""
+        xp = self.home.xp
+        return float(xp.max(xp.sum(xp.abs(self.gram), axis=1)))
 
     def largest_square_norm(self) -> float:
         """Return max ‖gᵢ‖²."""

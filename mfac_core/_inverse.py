@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import numpy as np
+import scipy
 
 from mfac_core import _traced
-from mfac_core._arrays import Array, is_traced, promote, send, to_numpy, widen
+from mfac_core._arrays import Array, is_traced, itemsize, promote, send, to_numpy, widen
 from mfac_core._dual import Dual
 from mfac_core._lowrank import LowRankOperator
 from mfac_core._ops import dense
@@ -15,6 +18,13 @@ from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW
 
 LARGEST_DIAGONAL_ROUNDING = 1e-5
 """Rounding of the Gram relative to 1 − t, above which the diagonal asks for float64 products."""
+
+
+SMALLEST_REST = 2.0**-44
+"""What 1 − t, and ‖x − Gᵀc‖ / ‖x‖, must leave in float64 for three right digits."""
+
+SMALLEST_FLOAT32_REST = 2.0**-14
+"""The same for float32 passes, of which more are then done in float64."""
 
 
 class DampedInverse(LowRankOperator):
@@ -67,6 +77,13 @@ class DampedInverse(LowRankOperator):
         ValueError
             If its shape or device is another, or ``refine`` is negative.
 
+        Warns
+        -----
+        scipy.linalg.LinAlgWarning
+            If λ is so small beside the gradients' squared norms that next to nothing is left of
+            ``x`` in the subtraction: for this ``x`` F is singular in float64. Not looked for on
+            a CUDA device, where that would mean to wait.
+
         Notes
         -----
         Two passes over G and O(m²); each step of refinement costs two more passes, in float64.
@@ -98,6 +115,11 @@ class DampedInverse(LowRankOperator):
         array, shape (d,)
             In the gradients' dtype, each element within [1/Fᵢᵢ, 1/λ] and so positive.
 
+        Warns
+        -----
+        scipy.linalg.LinAlgWarning
+            If 1 − Σₖ Wₖᵢ² is hardly more than its rounding for some i.
+
         Notes
         -----
         d·m² multiplications in float64, streaming over blocks of columns: nothing of size m × d
@@ -118,6 +140,8 @@ class DampedInverse(LowRankOperator):
         O(m), or O(m³) where the dual is not factored at the moment.
         """
         self._settle()
+        if self._dual.smallest_pivot() < SMALLEST_REST * self._dual.largest_square_norm():
+            self._warn("log det F⁻¹")
         return -(self._fisher_logdet_scale + self._dual.logdet())
 
     def _diagonal(self) -> Array:
@@ -126,7 +150,9 @@ class DampedInverse(LowRankOperator):
         lost = self._rows.rounding > LARGEST_DIAGONAL_ROUNDING * smallest
         if self._rows.anywhere(lost):
             self._recompute_gram()
-            diagonal, _ = self._clamped_diagonal()
+            diagonal, smallest = self._clamped_diagonal()
+        if smallest < SMALLEST_REST:
+            self._warn("The diagonal of F⁻¹")
         return diagonal
 
     def _clamped_diagonal(self) -> tuple[Array, float]:
@@ -148,16 +174,36 @@ class DampedInverse(LowRankOperator):
 
     def _apply(self, x: Any, refine: int) -> Any:
         first = x[0] if isinstance(x, list) else x
+        self._settle()
         if is_traced(first):
-            self._settle()
             return _traced.apply(self._like(), x, self._damping, self._solve_traced)
+        if refine:
+            y = self._refined(_widened(x), refine)
+        else:
+            y = super()._apply(x, refine)
+            if not self._is_exact(first) and self._cancels(x, y, SMALLEST_FLOAT32_REST):
+                self._recompute_gram()
+                y = super()._apply(x, refine)
+        if self._is_exact(first) and self._cancels(x, y, SMALLEST_REST):
+            self._warn("F⁻¹x")
         if not refine:
-            return super()._apply(x, refine)
+            return y
         dtype = promote(first, self.dtype)
         if isinstance(x, list):
-            refined = self._refined([widen(piece) for piece in x], refine)
-            return [send(y, piece, dtype) for y, piece in zip(refined, x, strict=True)]
-        return send(self._refined(widen(x), refine), self._like(), dtype)
+            return [send(piece, like, dtype) for piece, like in zip(y, x, strict=True)]
+        return send(y, self._like(), dtype)
+
+    def _quadratic(self, x: Any) -> Array:
+        self._settle()
+        # xᵀF⁻¹x = (‖x‖² − bᵀA⁻¹b)/λ with b = Gx
+        value, whole = super()._quadratic(x), self._rows.square_norms(x) / self._damping
+        exact = self._is_exact(x[0] if isinstance(x, list) else x)
+        if not exact and np.any(value < whole * SMALLEST_FLOAT32_REST):
+            self._recompute_gram()
+            value = super()._quadratic(x)
+        if np.any(value < whole * SMALLEST_REST):
+            self._warn("xᵀF⁻¹x")
+        return value
 
     def _refined(self, x: Any, steps: int) -> Any:
         """F⁻¹x in float64, with residuals taken through G instead of through its Gram.
@@ -165,7 +211,6 @@ class DampedInverse(LowRankOperator):
         For y = (x − Gᵀc)/λ the residual x − Fy is Gᵀe with e = c − Gy/n, and F⁻¹Gᵀe = n GᵀA⁻¹e:
         a step is one projection and one combination, and subtracts nothing large.
         """
-        self._settle()
         n, damping = self._divisor, self._damping
         c = self._dual.solve(self._rows.project(x))
         y = self._rows.combine_wide(-c / damping, x, 1.0 / damping)
@@ -174,6 +219,34 @@ class DampedInverse(LowRankOperator):
             y = self._rows.combine_wide(change, y, 1.0)
             c = c - damping * change
         return y
+
+    def _is_exact(self, x: Array) -> bool:
+        """Whether products with x run in float64."""
+        return self._rows.exact or itemsize(promote(x, self.dtype)) == 8
+
+    def _cancels(self, x: Any, y: Any, smallest: float) -> bool:
+        """Whether x − Gᵀc = λy is shorter than ``smallest`` of x, for some column.
+
+        On a device that would mean to wait, and its products are in float64 anyway.
+        """
+        if not self._rows.home.is_numpy:
+            return False
+        # It is no shorter than λ/(λ + ‖G‖²/n) of x, and wrong by ε √cond(A) of x.
+        shift, norm = self._dual.shift, self._dual.gram_norm()
+        if 1.0 + norm / shift < smallest ** (-2 / 3):
+            return False
+        smallest *= math.sqrt(max((shift + norm) * self._dual.inverse_norm(), 1.0))
+        whole, rest = self._rows.square_norms(x), self._rows.square_norms(y)
+        left = (rest * self._damping**2 >= whole * smallest**2) & np.isfinite(rest)
+        return not bool(np.all(left))
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(
+            f"{what} has few right digits: damping {self._damping:g} is too small beside the "
+            "gradients' squared norms for float64; raise it",
+            scipy.linalg.LinAlgWarning,
+            stacklevel=2,
+        )
 
     def _spread(self, z: Array) -> Any:
         """Return Gᵀ A⁻¹ z, in the gradients' library and dtype."""
@@ -203,3 +276,7 @@ class DampedInverse(LowRankOperator):
     def _recompute_gram(self) -> None:
         self._rows.exact = True
         self._dual.set_gram(self._rows.gram())
+
+
+def _widened(x: Any) -> Any:
+    return [widen(piece) for piece in x] if isinstance(x, list) else widen(x)

@@ -130,12 +130,12 @@ def fisher_blocks(
         last = min(first + batch, blocks)
         gradients = rows.read(slice(start + first * size, start + last * size))
         split = home.xp.permute_dims(home.xp.reshape(gradients, (m, -1, size)), (1, 2, 0))
-        fisher = split @ _transposed(split)
+        with np.errstate(over="ignore", invalid="ignore"):
+            fisher = split @ _transposed(split)
         fisher /= m
         fisher += damping * home.eye(size)
         if not bool(home.xp.all(home.xp.isfinite(home.xp.linalg.diagonal(fisher)))):
-            msg = check.nonfinite_message(rows.nonfinite(), m)
-            raise ValueError(msg)
+            raise ValueError(check.nonfinite_message(rows.nonfinite(), m))
         yield slice(first, last), fisher
 
 

@@ -30,6 +30,9 @@ Seen on nearly parallel rows, where the rounding errors of the sum are most of o
 rows it is twenty times less.
 """
 
+FLOAT32_RANGE = 2.0**60
+"""Size of m-sized numbers, and its inverse, outside of which their products may leave float32."""
+
 FLOAT32_UNDERFLOW = 2.0**-126
 """Error of a product of two numbers whose square is too small for float32."""
 
@@ -140,11 +143,21 @@ class Rows(ABC):
         """G x, float64 (m,) or (m, k); in float64 products when x is float64."""
         first = x[0] if isinstance(x, list) else x
         exact = self.exact or itemsize(first.dtype) == 8
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = self._project(x, first, exact)
+        if self.home.is_numpy and not exact and _left_float32(total) and self._is_nonzero(x):
+            total = self._project(x, first, True)
+        return total
+
+    def _project(self, x: Columns, first: Array, exact: bool) -> Array:
         total = self.home.zeros((self.used, *first.shape[1:]))
         for i, (columns, part) in enumerate(self.parts()):
             piece = _piece(x, i, columns, part)
             total += ops.project(part, piece, exact=exact, home=self.home)[: self.used, ...]
         return self.summed(total)
+
+    def _is_nonzero(self, x: Columns) -> bool:
+        return bool(np.any(self.square_norms(x) != 0.0))
 
     def combine(
         self,
@@ -166,6 +179,8 @@ class Rows(ABC):
     def _combine(
         self, c: Array, base: Columns | None, alpha: float, dtype: Any, exact: bool
     ) -> Columns:
+        if not exact and self.home.is_numpy:
+            exact = _left_float32(c) or (base is not None and _left_float32(np.asarray(alpha)))
         pieces = []
         for i, (columns, part) in enumerate(self.parts()):
             if unused := part.shape[0] - c.shape[0]:
@@ -272,3 +287,9 @@ def joined(pieces: list[Array]) -> Array:
     if not is_jax_array(pieces[0]):
         pieces = [to_device(piece, device(pieces[0])) for piece in pieces]
     return array_namespace(pieces[0]).concat(pieces, axis=0)
+
+
+def _left_float32(x: np.ndarray[Any, Any]) -> bool:
+    """Whether float32 products with these numbers, or that gave them, may have left its range."""
+    largest = float(np.max(np.abs(x), initial=0.0))
+    return not 1.0 / FLOAT32_RANGE < largest < FLOAT32_RANGE

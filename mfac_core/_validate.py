@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from mfac_core._arrays import (
     to_numpy,
 )
 
+LARGEST_DAMPING = 1e100
+"""Damping, and its inverse, beyond which its powers may leave float64."""
+
 
 def array_argument(x: Any, name: str) -> Array:
     """Return ``x`` when it is a real floating array, without its subclass or autograd history."""
@@ -33,21 +37,20 @@ def array_argument(x: Any, name: str) -> Array:
     if isinstance(x, np.ma.MaskedArray):
         msg = f"{name} must be a plain array, got a masked array; fill it first with .filled()"
         raise TypeError(msg)
-    if isinstance(x, np.generic):
+    if is_numpy_array(x) or isinstance(x, np.generic):
         x = np.asarray(x)
+        if not x.dtype.isnative:
+            x = x.astype(x.dtype.newbyteorder("="))
+    if is_torch_array(x) and (x.layout != sys.modules["torch"].strided or x.is_meta):
+        msg = f"{name} must be a dense tensor with values, got {x.layout} on device {x.device}"
+        raise TypeError(msg)
     if not is_floating(x):
         msg = (
             f"{name} must be real floating point, got dtype {x.dtype}; convert it first, "
             "for example to float32"
         )
         raise TypeError(msg)
-    if is_torch_array(x):
-        return x.detach()
-    if is_numpy_array(x):
-        x = np.asarray(x)
-        if not x.dtype.isnative:
-            x = x.astype(x.dtype.newbyteorder("="))
-    return x
+    return x.detach() if is_torch_array(x) else x
 
 
 def gradients_argument(gradients: Any, name: str = "gradients") -> Array:
@@ -83,7 +86,9 @@ def sliceable_argument(source: Any) -> None:
 
 
 def nonfinite_message(rows: list[int], m: int) -> str:
-    """Say which of m gradients hold a NaN or an infinity."""
+    """Say which of m gradients hold a NaN or an infinity, or that none does but its square."""
+    if not rows:
+        return "gradients are too large: their squared norms overflow float64; scale them down"
     which = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
     return (
         f"gradients must be finite, got NaN or infinity in {len(rows)} of {m} rows, "
@@ -130,6 +135,18 @@ def positive_number(value: Any, name: str) -> float:
         raise TypeError(msg) from None
     if not 0.0 < number < math.inf:
         msg = f"{name} must be finite and positive, got {number!r}"
+        raise ValueError(msg)
+    return number
+
+
+def damping(value: Any) -> float:
+    """Return λ as a float whose products and quotients stay within float64."""
+    number = positive_number(value, "damping")
+    if not 1.0 / LARGEST_DAMPING <= number <= LARGEST_DAMPING:
+        msg = (
+            f"damping must lie between {1.0 / LARGEST_DAMPING:g} and {LARGEST_DAMPING:g}, "
+            f"got {number!r}; scale the gradients, and it by the square of that"
+        )
         raise ValueError(msg)
     return number
 

@@ -194,7 +194,7 @@ class BlockInverseFisher(BlockDiagonal):
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
-        self.damping = check.positive_number(damping, "damping")
+        self.damping = check.damping(damping)
         rows = rows_of(gradients, progress=progress)
         self.block_sizes = check.block_sizes(block_size, rows.shape[1])
         stretches: list[SymmetricOperator] = []

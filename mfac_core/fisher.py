@@ -80,7 +80,7 @@ class EmpiricalFisher(LowRankOperator):
         progress: bool = False,
     ) -> None:
         self.gradients = gradients
-        self._damping = check.positive_number(damping, "damping")
+        self._damping = check.damping(damping)
         self._rows = rows_of(gradients, reduce=reduce, progress=progress)
         self._reduce, self._progress = reduce, progress
 

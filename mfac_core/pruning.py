@@ -304,7 +304,7 @@ def _best(
 
 
 def _fisher(rows: Rows, damping: float, block_size: int | Sequence[int] | None) -> KeptFisher:
-    damping = check.positive_number(damping, "damping")
+    damping = check.damping(damping)
     sizes = None if block_size is None else check.block_sizes(block_size, rows.shape[1])
     return KeptFisher(rows, damping, sizes)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mfac_core import _state
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, device
+from mfac_core._arrays import Array, array_namespace, device, is_traced
 from mfac_core._dual import Dual
 from mfac_core._inverse import DampedInverse
 from mfac_core._ring import Ring
@@ -104,7 +104,7 @@ class SlidingInverseFisher(DampedInverse):
     ) -> None:
         self.num_params = check.integer(num_params, "num_params", minimum=1)
         self.window_size = check.integer(window_size, "window_size", minimum=1)
-        self._damping = check.positive_number(damping, "damping")
+        self._damping = check.damping(damping)
         if normalization not in NORMALIZATIONS:
             msg = f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}"
             raise ValueError(msg)
@@ -147,7 +147,7 @@ class SlidingInverseFisher(DampedInverse):
 
     @damping.setter
     def damping(self, value: float) -> None:
-        value = check.positive_number(value, "damping")
+        value = check.damping(value)
         self._accept()
         self._damping = value
         self._reshift()
@@ -389,6 +389,9 @@ class SlidingInverseFisher(DampedInverse):
         With ``unseen``, where a device computes the norm as it exchanges rows, None stands for it.
         """
         g = check.vector_argument(g, "g", self.num_params)
+        if is_traced(g):
+            msg = "g must hold values, got a JAX tracer; keep the window out of jit, vmap and grad"
+            raise TypeError(msg)
         if self._allocated or self._given[0] is not None:
             check.beside(g, "g", self._rows.array)
         dtype = self.dtype if self.dtype is not None else g.dtype

@@ -93,7 +93,7 @@ class InverseFisher(DampedInverse):
         progress: bool = False,
         store_whitened: bool = False,
     ) -> None:
-        self._damping = check.positive_number(damping, "damping")
+        self._damping = check.damping(damping)
         self.gradients = gradients
         self._start(rows_of(gradients, reduce=reduce, progress=progress), None)
         if store_whitened:
@@ -138,7 +138,7 @@ class InverseFisher(DampedInverse):
             See the class; and if ``gram`` is not a finite matrix of shape (m, m).
         """
         operator = cls.__new__(cls)
-        operator._damping = check.positive_number(damping, "damping")
+        operator._damping = check.damping(damping)
         rows = rows_of(gradients, reduce=reduce, progress=progress)
         gram = rows.home.receive(check.array_argument(gram, "gram"))
         m = rows.shape[0]
@@ -198,16 +198,14 @@ class InverseFisher(DampedInverse):
             gram = self._rows.gram()
         if bool(xp.all(xp.isfinite(gram))):
             return gram
-        if rows := self._rows.nonfinite():
-            msg = check.nonfinite_message(rows, self._divisor)
-            raise ValueError(msg)
-        self._rows.exact = True  # finite rows whose products overflow float32
-        with np.errstate(over="ignore", invalid="ignore"):
-            gram = self._rows.gram()
-        if bool(xp.all(xp.isfinite(gram))):
-            return gram
-        msg = "gradients are too large: their squared norms overflow float64; scale them down"
-        raise ValueError(msg)
+        rows = self._rows.nonfinite()
+        if not rows:
+            self._rows.exact = True  # finite rows whose products overflow float32
+            with np.errstate(over="ignore", invalid="ignore"):
+                gram = self._rows.gram()
+            if bool(xp.all(xp.isfinite(gram))):
+                return gram
+        raise ValueError(check.nonfinite_message(rows, self._divisor))
 
 
 def ihvp(gradients: Any, x: Any, *, damping: float) -> Any:
@@ -257,8 +255,8 @@ def ihvp(gradients: Any, x: Any, *, damping: float) -> Any:
         x = check.vector_argument(x, "x", gradients.shape[1], ndim=(1, 2))
         check.beside(x, "x", gradients)
         if not is_traced(damping):
-            damping = check.positive_number(damping, "damping")
+            damping = check.damping(damping)
         return _traced.ihvp(gradients, x, damping)
     rows = rows_of(gradients)
     rows.columns_argument(x, "x", (1, 2))  # before the work
-    return InverseFisher._of_rows(rows, check.positive_number(damping, "damping")) @ x
+    return InverseFisher._of_rows(rows, check.damping(damping)) @ x

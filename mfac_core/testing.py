@@ -57,7 +57,7 @@ def dense_fisher(gradients: Array, *, damping: float, divisor: int | None = None
            [2., 5.]])
     """
     g = _wide(gradients)
-    damping = check.positive_number(damping, "damping")
+    damping = check.damping(damping)
     n = len(g) if divisor is None else divisor
     return damping * np.eye(g.shape[1]) + g.T @ g / n
 
@@ -126,7 +126,7 @@ class StaticRecursion:
 
     def __init__(self, gradients: Array, *, damping: float, dtype: Any = np.float64) -> None:
         g = _wide(gradients).astype(dtype)
-        self.damping = check.positive_number(damping, "damping")
+        self.damping = check.damping(damping)
         m = len(g)
         self.v = np.empty_like(g)
         self.q = np.empty(m, dtype)
@@ -202,7 +202,7 @@ class DynamicRecursion:
 
     def __init__(self, gradients: Array, *, damping: float) -> None:
         self._g = g = _wide(gradients)
-        self.damping = check.positive_number(damping, "damping")
+        self.damping = check.damping(damping)
         m = len(g)
         self.D = np.triu(g @ g.T / self.damping)
         self.B = np.eye(m) / self.damping

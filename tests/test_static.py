@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 from conftest import BACKENDS, CASES, numpy64, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,12 +165,26 @@ def test_a_dominant_coordinate_keeps_its_diagonal(rng):
     assert np.abs(inverse.diagonal() / expected - 1.0).max() <= 1e-4
 
 
-def test_damping_far_below_rounding_stays_finite(rng):
+def test_damping_far_below_rounding_is_said_and_stays_finite(rng):
     row = rng.standard_normal(30)
     g = np.stack([row, row, 2.0 * row])
-    inverse = mfac.InverseFisher(g, damping=1e-18)
+    with pytest.warns(scipy.linalg.LinAlgWarning, match="singular in float64.* raise the damping"):
+        inverse = mfac.InverseFisher(g, damping=1e-18)
     assert np.isfinite(inverse @ rng.standard_normal(30)).all()
     assert (inverse.diagonal() > 0).all()
+    with pytest.warns(scipy.linalg.LinAlgWarning, match="F⁻¹x has few right digits"):
+        assert np.isfinite(inverse @ row).all()
+
+
+def test_few_digits_are_said(rng):
+    """x is a held gradient and ‖g‖²/λ beyond 1e14: its part outside the span is rounding."""
+    g = rng.standard_normal((3, 30))
+    inverse = mfac.InverseFisher(g, damping=1e-13)
+    with pytest.warns(scipy.linalg.LinAlgWarning, match="F⁻¹x has few right digits: damping 1e-13"):
+        inverse @ g[0]
+    g = np.eye(3)
+    with pytest.warns(scipy.linalg.LinAlgWarning, match="The diagonal of F⁻¹ has few right"):
+        mfac.InverseFisher(g, damping=1e-15).diagonal()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

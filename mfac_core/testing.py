@@ -125,7 +125,7 @@ class StaticRecursion:
     """
 
     def __init__(self, gradients: Array, *, damping: float, dtype: Any = np.float64) -> None:
-        g = _wide(gradients).astype(dtype)
+        g = to_numpy(gradients).astype(dtype, copy=False)
         self.damping = check.damping(damping)
         m = len(g)
         self.v = np.empty_like(g)
@@ -147,7 +147,7 @@ class StaticRecursion:
         numpy.ndarray, shape (d,)
             F⁻¹x.
         """
-        return self._partial(_wide(x).astype(self.v.dtype), len(self.v))
+        return self._partial(to_numpy(x).astype(self.v.dtype), len(self.v))
 
     def entry(self, i: int, j: int) -> float:
         """Return [F⁻¹]ᵢⱼ = δᵢⱼ/λ − Σ_k v_kᵢ v_kⱼ / q_k; O(m).
@@ -182,6 +182,8 @@ class DynamicRecursion:
         One gradient per row, of any array library.
     damping : float
         λ > 0.
+    dtype : dtype, default float64
+        NumPy dtype the recursion runs in.
 
     Attributes
     ----------
@@ -200,17 +202,16 @@ class DynamicRecursion:
     array([1., 1.])
     """
 
-    def __init__(self, gradients: Array, *, damping: float) -> None:
-        self._g = g = _wide(gradients)
+    def __init__(self, gradients: Array, *, damping: float, dtype: Any = np.float64) -> None:
+        self._g = g = to_numpy(gradients).astype(dtype, copy=False)
         self.damping = check.damping(damping)
         m = len(g)
         self.D = np.triu(g @ g.T / self.damping)
-        self.B = np.eye(m) / self.damping
+        self.B = np.eye(m, dtype=dtype) / self.damping
         for i in range(m):
-            for k in range(i):
-                weight = self.D[k, i] / (m + self.D[k, k])
-                self.D[i, i:] -= weight * self.D[k, i:]
-                self.B[i] -= weight * self.B[k]
+            weights = self.D[:i, i] / (m + np.diagonal(self.D)[:i])
+            self.D[i, i:] -= weights @ self.D[:i, i:]
+            self.B[i] -= weights @ self.B[:i]
 
     def matvec(self, x: Array) -> NDArray:
         """Return F⁻¹x = x/λ − Σ_i b_i / (m + D_ii) Σ_j B_ij g_j, with b_i = g_iᵀ F_{i-1}⁻¹ x.
@@ -225,13 +226,12 @@ class DynamicRecursion:
         numpy.ndarray, shape (d,)
             F⁻¹x; O(d·m + m²).
         """
-        x = _wide(x)
+        x = to_numpy(x).astype(self._g.dtype)
         m = len(self._g)
         pivots = m + np.diagonal(self.D)
         b = self._g @ x / self.damping
         for i in range(m):
-            for k in range(i):
-                b[i] -= self.D[k, i] / pivots[k] * b[k]
+            b[i] -= self.D[:i, i] / pivots[:i] @ b[:i]
         return x / self.damping - (b / pivots) @ self.B @ self._g  # type: ignore[no-any-return]
 
 

@@ -7,44 +7,13 @@ on a shared machine say little. NumPy arrays, float32.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 import tracemalloc
-from collections.abc import Callable
 
 import numpy as np
+from measure import medians, two_passes, unit_rows
 
 import mfac_core as mfac
 from mfac_core.testing import StaticRecursion
-
-Act = Callable[[], object]
-
-
-def medians(*acts: Act, repeats: int) -> list[float]:
-    """Return the median seconds of each act, all of them taken in turn."""
-    times: list[list[float]] = [[] for _ in acts]
-    for act in acts:
-        act()
-    for _ in range(repeats):
-        for act, seconds in zip(acts, times, strict=True):
-            start = time.perf_counter()
-            act()
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
-
-
-def unit_rows(rng: np.random.Generator, m: int, d: int) -> np.ndarray:
-    """Return m random rows of norm about 1."""
-    rows = rng.standard_normal((m, d), dtype=np.float32)
-    rows /= np.float32(np.sqrt(d))
-    return rows
-
-
-def two_passes(g: np.ndarray, rng: np.random.Generator) -> Act:
-    """Return the least any product with F⁻¹ must do: G x, then Gᵀ c."""
-    x = rng.standard_normal(g.shape[1], dtype=np.float32)
-    c = rng.standard_normal(g.shape[0], dtype=np.float32)
-    return lambda: (g @ x, g.T @ c)
 
 
 def static_setup(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[list[str]]:

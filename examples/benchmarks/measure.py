@@ -1,0 +1,87 @@
+"""Clocks, memory and gradients, as the benchmarks share them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+
+Act = Callable[[], object]
+NDArray = np.ndarray[Any, Any]
+
+STILL_SPINNING = 0.03  # seconds for which a library's threads may keep a core after their work
+
+
+def medians(*acts: Act, repeats: int) -> list[float]:
+    """Return the median seconds of each act, all of them taken in turn."""
+    times: list[list[float]] = [[] for _ in acts]
+    for act in acts:
+        act()
+    for _ in range(repeats):
+        for act, seconds in zip(acts, times, strict=True):
+            time.sleep(STILL_SPINNING)
+            start = time.perf_counter()
+            act()
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def peak_memory(act: Act) -> int | None:
+    """Return the bytes an act takes at its most, beyond those held before; only Linux can say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    result = act()  # held until the mark is read
+    peak = _resident("VmHWM") - before
+    del result
+    return max(peak, 0)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def unit_rows(rng: np.random.Generator, m: int, d: int) -> NDArray:
+    """Return m independent float32 rows of norm about 1."""
+    rows = rng.standard_normal((m, d), dtype=np.float32)
+    rows /= np.float32(np.sqrt(d))
+    return rows
+
+
+def correlated_rows(rng: np.random.Generator, m: int, d: int, spread: float = 1e3) -> NDArray:
+    """Return m float32 rows of mean squared norm about 1, near a space of fewer dimensions.
+
+    Their singular values fall geometrically, the last to 1/spread of the first.
+    """
+    sizes = spread ** -np.linspace(0, 1, m)
+    sizes *= np.sqrt(m) / np.linalg.norm(sizes)
+    rotation = np.linalg.qr(rng.standard_normal((m, m)))[0]
+    return (rotation * sizes).astype(np.float32) @ unit_rows(rng, m, d)
+
+
+def two_passes(g: NDArray, rng: np.random.Generator) -> Act:
+    """Return the least any product with F⁻¹ must do: G x, then Gᵀ c."""
+    x = rng.standard_normal(g.shape[1], dtype=np.float32)
+    c = rng.standard_normal(g.shape[0], dtype=np.float32)
+    return lambda: (g @ x, g.T @ c)
+
+
+def woodbury(g: NDArray, damping: float) -> Callable[[NDArray], NDArray]:
+    """Return x ↦ F⁻¹x by the Woodbury identity in the dtype of g, as one writes it by hand."""
+    m = len(g)
+    factor = scipy.linalg.cho_factor(g.dtype.type(m * damping) * np.eye(m, dtype=g.dtype) + g @ g.T)
+    return lambda x: (x - g.T @ scipy.linalg.cho_solve(factor, g @ x)) / g.dtype.type(damping)
+
+
+def relative_error(result: Any, exact: NDArray) -> float:
+    """Return ‖result − exact‖/‖exact‖."""
+    difference = np.asarray(result, dtype=np.float64) - exact
+    return float(np.linalg.norm(difference) / np.linalg.norm(exact))

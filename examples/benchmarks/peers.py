@@ -1,0 +1,293 @@
+"""F⁻¹x by this package and by others that can give it: time, accuracy and memory.
+
+All are given the same gradients and asked for F⁻¹x, x a combination of gradients. Their times are
+medians measured in turn and shown as multiples of this package's; errors are against the Woodbury
+identity in float64. A peer that is not installed is left out, and the script says so:
+
+    python -m pip install "mfac_core[benchmarks]"
+
+To be seen with the results: conjugate gradients stop at a relative residual of 1e-5, and know no
+set-up; what is called "by hand" is the Woodbury identity in float32, as one writes it without a
+package; the paper's recursions are those of mfac_core.testing, in float32 NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse.linalg
+from measure import (
+    NDArray,
+    correlated_rows,
+    medians,
+    peak_memory,
+    relative_error,
+    unit_rows,
+    woodbury,
+)
+from report import Report, Row, arguments, panels
+
+import mfac_core as mfac
+from mfac_core.testing import DynamicRecursion, StaticRecursion
+
+Solve = Callable[[NDArray], Any]
+
+RESIDUAL = 1e-5  # at which conjugate gradients stop
+MOST_STEPS = 2000
+
+
+def ours(g: NDArray, damping: float) -> Solve:
+    """NumPy arrays."""
+    return mfac.InverseFisher(g, damping=damping).__matmul__
+
+
+def refined(g: NDArray, damping: float) -> Solve:
+    """NumPy arrays, one step of refinement."""
+    inverse = mfac.InverseFisher(g, damping=damping)
+
+    def solve(x: NDArray) -> Any:
+        return inverse.matvec(x, refine=1) if x.ndim == 1 else inverse.matmat(x, refine=1)
+
+    return solve
+
+
+def ours_torch(g: NDArray, damping: float) -> Solve:
+    """PyTorch tensors."""
+    import torch
+
+    inverse = mfac.InverseFisher(torch.from_numpy(g), damping=damping)
+    return lambda x: inverse @ torch.from_numpy(x)
+
+
+def linear_operator(g: NDArray, damping: float) -> Solve:
+    """A LowRankRootAddedDiagLinearOperator, whose solve is the Woodbury identity."""
+    import torch
+    from linear_operator.operators import LowRankRootLinearOperator
+
+    root = torch.from_numpy(g).T / len(g) ** 0.5
+    fisher = LowRankRootLinearOperator(root).add_diagonal(torch.tensor(damping, dtype=root.dtype))
+    return lambda x: fisher.solve(torch.from_numpy(x))
+
+
+def curvlinops(g: NDArray, damping: float) -> Solve:
+    """A CGInverseLinearOperator of the operators curvlinops has for such a sum."""
+    import torch
+    from curvlinops import CGInverseLinearOperator
+    from curvlinops.examples import IdentityLinearOperator, OuterProductLinearOperator
+
+    m, d = g.shape
+    rows = torch.from_numpy(g)
+    fisher = OuterProductLinearOperator(torch.full((m,), 1 / m), rows.T)
+    identity = IdentityLinearOperator([(d,)], rows.device, rows.dtype)
+    inverse = CGInverseLinearOperator(
+        fisher + damping * identity, tolerance=RESIDUAL, max_iter=MOST_STEPS
+    )
+    return lambda x: inverse @ torch.from_numpy(x)
+
+
+def scipy_cg(g: NDArray, damping: float) -> Solve:
+    """SciPy's cg on the forward operator, one vector after the other."""
+    fisher = mfac.EmpiricalFisher(g, damping=damping).to_scipy()
+
+    def solve(x: NDArray) -> NDArray:
+        return scipy.sparse.linalg.cg(fisher, x, rtol=RESIDUAL, maxiter=MOST_STEPS)[0]
+
+    return columnwise(solve)
+
+
+def static_recursion(g: NDArray, damping: float) -> Solve:
+    """The paper's static algorithm."""
+    return columnwise(StaticRecursion(g, damping=damping, dtype=np.float32).matvec)
+
+
+def dynamic_recursion(g: NDArray, damping: float) -> Solve:
+    """The paper's dynamic algorithm."""
+    return columnwise(DynamicRecursion(g, damping=damping, dtype=np.float32).matvec)
+
+
+def columnwise(solve: Solve) -> Solve:
+    """Return a solve that takes the columns of a matrix one after the other."""
+    return lambda x: solve(x) if x.ndim == 1 else np.stack([solve(c) for c in x.T], axis=1)
+
+
+class Peer(NamedTuple):
+    """A way to F⁻¹x."""
+
+    make: Callable[[NDArray, float], Solve]
+    package: str = "numpy"
+    """What has to be installed."""
+
+
+OURS = "mfac_core"
+PEERS = {
+    OURS: Peer(ours),
+    "mfac_core, refine=1": Peer(refined),
+    "mfac_core, PyTorch": Peer(ours_torch, "torch"),
+    "linear_operator": Peer(linear_operator, "linear_operator"),
+    "Woodbury by hand, NumPy": Peer(woodbury),
+    "SciPy's CG": Peer(scipy_cg),
+    "curvlinops' CG": Peer(curvlinops, "curvlinops"),
+    "paper's static recursion": Peer(static_recursion),
+    "paper's dynamic recursion": Peer(dynamic_recursion),
+}
+
+
+def installed() -> dict[str, Peer]:
+    """Return the peers that are there, and print those that are not."""
+    present = {}
+    for name, peer in PEERS.items():
+        if importlib.util.find_spec(peer.package):
+            present[name] = peer
+        else:
+            print(f"{name}: left out, {peer.package} is not installed")
+    return present
+
+
+class Case(NamedTuple):
+    """A problem: m gradients of length d and mean squared norm 1, and a damping."""
+
+    m: int
+    d: int
+    damping: float
+    rows: Callable[[np.random.Generator, int, int], NDArray]
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        kind = "correlated" if self.rows is correlated_rows else "independent"
+        return f"m {self.m}, d {self.d:,}, {kind}, λ {self.damping:g}"
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Yield the problems: few gradients, then large and small damping, then many gradients."""
+    scale = 16 if quick else 1
+    yield Case(16, 400_000 // scale, 1e-1, unit_rows)
+    yield Case(256 // scale, 40_000 // scale, 1e-1, correlated_rows)
+    yield Case(256 // scale, 40_000 // scale, 1e-4, correlated_rows)
+    yield Case(1024 // scale, 10_000 // scale, 1e-3, unit_rows)
+
+
+def static(rng: np.random.Generator, case: Case, peers: dict[str, Peer], block: int) -> list[Row]:
+    """Measure set-up, products and memory of each peer on one problem."""
+    g = case.rows(rng, case.m, case.d)
+    x = g.T @ rng.standard_normal(case.m, dtype=np.float32)
+    several = g.T @ rng.standard_normal((case.m, block), dtype=np.float32)
+    exact = woodbury(g.astype(np.float64), case.damping)(x.astype(np.float64))
+
+    def anew(peer: Peer) -> Callable[[], Any]:
+        return lambda: peer.make(g, case.damping)(x)
+
+    first = medians(*map(anew, peers.values()), repeats=3)
+    memory = [peak_memory(anew(peer)) for peer in peers.values()]
+    solves = [peer.make(g, case.damping) for peer in peers.values()]
+    again = medians(*(lambda s=s: s(x) for s in solves), repeats=7)
+    columns = medians(*(lambda s=s: s(several) for s in solves), repeats=3)
+    results = [
+        {
+            "case": case.name,
+            "peer": peer,
+            "first_s": first_s,
+            "again_s": again_s,
+            "columns_s": columns_s,
+            "error": relative_error(solve(x), exact),
+            "memory": None if peak is None else peak / g.nbytes,
+        }
+        for peer, first_s, again_s, columns_s, solve, peak in zip(
+            peers, first, again, columns, solves, memory, strict=True
+        )
+    ]
+    return [times_ours(row, results[0]) for row in results]
+
+
+def window(rng: np.random.Generator, case: Case, peers: dict[str, Peer]) -> list[Row]:
+    """Measure a step of a full window: one gradient exchanged, then F⁻¹ of it."""
+    ring = case.rows(rng, case.m, case.d)
+    fresh = case.rows(rng, case.m, case.d)
+    sliding = mfac.SlidingInverseFisher(case.d, case.m, damping=case.damping)
+    for row in ring:
+        sliding.append(row)
+    steps = [sliding.append_matvec, *(exchange(ring, case.damping, p) for p in peers.values())]
+    names = [f"{OURS}, the window", *(f"{name}, anew" for name in peers)]
+    rows = iter(range(10**9))
+    acts = [lambda step=step: step(fresh[next(rows) % case.m]) for step in steps]
+    seconds = medians(*acts, repeats=5)
+    results = [
+        {"case": case.name, "peer": name, "step_s": step_s}
+        for name, step_s in zip(names, seconds, strict=True)
+    ]
+    return [times_ours(row, results[0]) for row in results]
+
+
+def exchange(ring: NDArray, damping: float, peer: Peer) -> Callable[[NDArray], Any]:
+    """Return the step of a peer without a window: all anew after each gradient."""
+    slots = iter(range(10**9))
+
+    def step(g: NDArray) -> Any:
+        ring[next(slots) % len(ring)] = g
+        return peer.make(ring, damping)(g)
+
+    return step
+
+
+def times_ours(row: Row, our: Row) -> Row:
+    """Add to each time what multiple of ours it is."""
+    return {**row, **{f"{k}_ratio": row[k] / our[k] for k in row if k.endswith("_s")}}
+
+
+def draw(results: list[Row]) -> Any:
+    """Draw the time of k products, with their set-up, over k."""
+    names = list(dict.fromkeys(row["case"] for row in results))
+    figure, axes = panels(len(names), height=4.6)
+    products = np.logspace(0, 3, 60)
+    for name, axis in zip(names, axes, strict=True):
+        rows = [row for row in results if row["case"] == name]
+        totals = [row["first_s"] + (products - 1) * row["again_s"] for row in rows]
+        for row, total in zip(rows, totals, strict=True):
+            width = 2.5 if row["peer"] == OURS else 1.3
+            axis.loglog(products, total / totals[0], label=row["peer"], linewidth=width)
+        axis.set_title(name, fontsize="small")
+        axis.set_xlabel("products with the same gradients")
+    axes[0].set_ylabel("time / time of mfac_core")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and write."""
+    options = arguments(__doc__, argv)
+    rng = np.random.default_rng(options.seed)
+    packages = ("numpy", "scipy", "torch", "linear_operator", "curvlinops-for-pytorch")
+    report = Report("peers", options.output, seed=options.seed, packages=packages)
+    # linear_operator is written with what PyTorch now deprecates.
+    warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+    peers = installed()
+    problems = list(cases(options.quick))
+    block = 16
+    results = [row for case in problems for row in static(rng, case, peers, block)]
+    report.table(
+        "static",
+        results,
+        {
+            "gradients": "{case}",
+            "": "{peer}",
+            "set-up and a product": "{first_s_ratio:.2f}",
+            "a further product": "{again_s_ratio:.2f}",
+            f"{block} further at once": "{columns_s_ratio:.2f}",
+            "error": "{error:.0e}",
+            "memory / gradients": "{memory:.2f}",
+        },
+    )
+    report.figure("static", draw(results))
+    without = {name: peers[name] for name in peers if "refine" not in name and "paper" not in name}
+    steps = [row for case in problems[1:] for row in window(rng, case, without)]
+    report.table("window", steps, {"gradients": "{case}", "": "{peer}", "a step": "{step_s_ratio:.2f}"})
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

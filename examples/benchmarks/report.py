@@ -64,10 +64,11 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def panels(count: int, *, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure of panels side by side; white, to be readable on any page."""
-    figure = Figure(figsize=(1.0 + 3.6 * count, height), layout="constrained", facecolor="white")
-    axes = figure.subplots(1, count, squeeze=False)[0]
+def panels(rows: int, columns: int) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure and its panels, row by row; white, to be readable on any page."""
+    size = (1.0 + 3.6 * columns, 0.4 + 3.0 * rows)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -97,6 +98,10 @@ class Report:
         self.parts: dict[str, Sequence[Row]] = {}
         output.mkdir(parents=True, exist_ok=True)
 
+    def keep(self, part: str, rows: Sequence[Row]) -> None:
+        """Keep rows for the JSON file alone."""
+        self.parts[part] = rows
+
     def table(self, part: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
         """Keep rows, and write and print them as a Markdown table.
 
@@ -109,7 +114,7 @@ class Report:
         columns : mapping of str to str
             For each heading the format of its cells, such as ``"{seconds:.2f} s"``.
         """
-        self.parts[part] = rows
+        self.keep(part, rows)
         lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
         lines += [f"| {' | '.join(_cell(c, row) for c in columns.values())} |" for row in rows]
         text = "\n".join([*lines, "", self.footer(), ""])

@@ -45,7 +45,8 @@ def solve_lower(home: Home, factor: Array, b: Array) -> Array:
 def cholesky_solve(home: Home, factor: Array, b: Array) -> Array:
     """Return (L Lᵀ)⁻¹b, for b of shape (m,) or (m, k)."""
     if home.is_numpy:
-        return scipy.linalg.cho_solve((factor, True), b, check_finite=False)
+        # As Lᵀ, which LAPACK's order of columns reads in place: of L it would take a copy.
+        return scipy.linalg.cho_solve((factor.T, False), b, check_finite=False)
     half = _solve_triangular(home, factor, b, lower=True)
     return _solve_triangular(home, factor.T, half, lower=False)
 

@@ -1,20 +1,28 @@
 """The examples run, in a short form, and print what they promise."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mfac_core.testing import dense_inverse
+from mfac_core.testing import dense_inverse, error_bound
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def load(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, EXAMPLES / path)
+    """Load a script as Python runs it: it can import the modules beside it."""
+    script = EXAMPLES / path
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(script.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(script.parent))
     return module
 
 
@@ -25,12 +33,62 @@ def test_quickstart(tmp_path, capsys):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["cpu.py"])
-def test_benchmarks(name, capsys):
-    load(f"benchmarks/{name}").main(["--quick"])
+def test_the_benchmark_against_the_machine(capsys):
+    load("benchmarks/cpu.py").main(["--quick"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| what | against | measured |"
     assert len(lines) > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "tables", "pictures"),
+    [
+        ("peers", {"static", "window"}, {"static"}),
+        ("scaling", {"d", "m", "vectors", "storage"}, {"d", "m", "vectors"}),
+        ("accuracy", {"damping"}, {"damping"}),
+    ],
+)
+def test_benchmarks(name, tables, pictures, tmp_path):
+    load(f"benchmarks/{name}.py").main(["--quick", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    assert results["script"] == name
+    assert results["packages"]["numpy"] == np.__version__
+    for part in tables:
+        rows = results["parts"][part]
+        lines = (tmp_path / f"{name}-{part}.md").read_text(encoding="utf-8").splitlines()
+        assert sum(line.startswith("|") for line in lines) == len(rows) + 2
+    for part in pictures:
+        assert (tmp_path / f"{name}-{part}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # linear_operator's
+def test_every_peer_gives_the_inverse(rng):
+    peers = load("benchmarks/peers.py")
+    g = rng.standard_normal((6, 20), dtype=np.float32)
+    x = rng.standard_normal((20, 2), dtype=np.float32)
+    exact = dense_inverse(g, damping=0.5) @ x
+    # Conjugate gradients stop at their residual, as large in y as the condition of F makes it.
+    bound = error_bound(g, damping=0.5) * max(1.0, peers.RESIDUAL / np.finfo(np.float32).eps)
+    for name, peer in peers.installed().items():
+        solve = peer.make(g, 0.5)
+        assert peers.relative_error(solve(x), exact) <= bound, name
+        assert peers.relative_error(solve(x[:, 0]), exact[:, 0]) <= bound, name
+
+
+def test_the_benchmarks_oracle_is_the_inverse(rng):
+    g = rng.standard_normal((6, 20))
+    x = rng.standard_normal(20)
+    exact = load("benchmarks/accuracy.py").oracle(g)(x, 0.5)
+    dense = dense_inverse(g, damping=0.5) @ x
+    error = np.linalg.norm(exact - dense) / np.linalg.norm(dense)
+    assert error <= error_bound(g, damping=0.5)
+
+
+def test_a_missing_peer_is_left_out(capsys):
+    peers = load("benchmarks/peers.py")
+    peers.PEERS["other"] = peers.Peer(peers.ours, "no_such_package")
+    assert "other" not in peers.installed()
+    assert "other: left out, no_such_package is not installed" in capsys.readouterr().out
 
 
 def test_the_benchmark_of_a_card_says_what_it_needs():

@@ -34,6 +34,9 @@ from report import Report, Row, arguments, panels
 import mfac_core as mfac
 from mfac_core.testing import DynamicRecursion, StaticRecursion
 
+# linear_operator is written with what PyTorch now deprecates.
+warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+
 Solve = Callable[[NDArray], Any]
 
 RESIDUAL = 1e-5  # at which conjugate gradients stop
@@ -41,12 +44,12 @@ MOST_STEPS = 2000
 
 
 def ours(g: NDArray, damping: float) -> Solve:
-    """NumPy arrays."""
+    """Invert NumPy arrays."""
     return mfac.InverseFisher(g, damping=damping).__matmul__
 
 
 def refined(g: NDArray, damping: float) -> Solve:
-    """NumPy arrays, one step of refinement."""
+    """Invert NumPy arrays, and refine once."""
     inverse = mfac.InverseFisher(g, damping=damping)
 
     def solve(x: NDArray) -> Any:
@@ -56,7 +59,7 @@ def refined(g: NDArray, damping: float) -> Solve:
 
 
 def ours_torch(g: NDArray, damping: float) -> Solve:
-    """PyTorch tensors."""
+    """Invert PyTorch tensors."""
     import torch
 
     inverse = mfac.InverseFisher(torch.from_numpy(g), damping=damping)
@@ -64,7 +67,7 @@ def ours_torch(g: NDArray, damping: float) -> Solve:
 
 
 def linear_operator(g: NDArray, damping: float) -> Solve:
-    """A LowRankRootAddedDiagLinearOperator, whose solve is the Woodbury identity."""
+    """Make a LowRankRootAddedDiagLinearOperator, whose solve is the Woodbury identity."""
     import torch
     from linear_operator.operators import LowRankRootLinearOperator
 
@@ -74,7 +77,7 @@ def linear_operator(g: NDArray, damping: float) -> Solve:
 
 
 def curvlinops(g: NDArray, damping: float) -> Solve:
-    """A CGInverseLinearOperator of the operators curvlinops has for such a sum."""
+    """Make a CGInverseLinearOperator of the operators that curvlinops has for such a sum."""
     import torch
     from curvlinops import CGInverseLinearOperator
     from curvlinops.examples import IdentityLinearOperator, OuterProductLinearOperator
@@ -90,7 +93,7 @@ def curvlinops(g: NDArray, damping: float) -> Solve:
 
 
 def scipy_cg(g: NDArray, damping: float) -> Solve:
-    """SciPy's cg on the forward operator, one vector after the other."""
+    """Run SciPy's cg on the forward operator, one vector after the other."""
     fisher = mfac.EmpiricalFisher(g, damping=damping).to_scipy()
 
     def solve(x: NDArray) -> NDArray:
@@ -100,12 +103,12 @@ def scipy_cg(g: NDArray, damping: float) -> Solve:
 
 
 def static_recursion(g: NDArray, damping: float) -> Solve:
-    """The paper's static algorithm."""
+    """Run the paper's static algorithm."""
     return columnwise(StaticRecursion(g, damping=damping, dtype=np.float32).matvec)
 
 
 def dynamic_recursion(g: NDArray, damping: float) -> Solve:
-    """The paper's dynamic algorithm."""
+    """Run the paper's dynamic algorithm."""
     return columnwise(DynamicRecursion(g, damping=damping, dtype=np.float32).matvec)
 
 
@@ -164,14 +167,19 @@ class Case(NamedTuple):
 
 def cases(quick: bool) -> Iterator[Case]:
     """Yield the problems: few gradients, then large and small damping, then many gradients."""
-    scale = 16 if quick else 1
-    yield Case(16, 400_000 // scale, 1e-1, unit_rows)
-    yield Case(256 // scale, 40_000 // scale, 1e-1, correlated_rows)
-    yield Case(256 // scale, 40_000 // scale, 1e-4, correlated_rows)
-    yield Case(1024 // scale, 10_000 // scale, 1e-3, unit_rows)
+    if quick:
+        yield Case(4, 400, 1e-1, unit_rows)
+        yield Case(16, 400, 1e-2, correlated_rows)
+        return
+    yield Case(16, 400_000, 1e-1, unit_rows)
+    yield Case(256, 40_000, 1e-1, correlated_rows)
+    yield Case(256, 40_000, 1e-4, correlated_rows)
+    yield Case(1024, 10_000, 1e-3, unit_rows)
 
 
-def static(rng: np.random.Generator, case: Case, peers: dict[str, Peer], block: int) -> list[Row]:
+def static(
+    rng: np.random.Generator, case: Case, peers: dict[str, Peer], block: int, repeats: int
+) -> list[Row]:
     """Measure set-up, products and memory of each peer on one problem."""
     g = case.rows(rng, case.m, case.d)
     x = g.T @ rng.standard_normal(case.m, dtype=np.float32)
@@ -181,11 +189,11 @@ def static(rng: np.random.Generator, case: Case, peers: dict[str, Peer], block: 
     def anew(peer: Peer) -> Callable[[], Any]:
         return lambda: peer.make(g, case.damping)(x)
 
-    first = medians(*map(anew, peers.values()), repeats=3)
+    first = medians(*map(anew, peers.values()), repeats=repeats)
     memory = [peak_memory(anew(peer)) for peer in peers.values()]
     solves = [peer.make(g, case.damping) for peer in peers.values()]
-    again = medians(*(lambda s=s: s(x) for s in solves), repeats=5)
-    columns = medians(*(lambda s=s: s(several) for s in solves), repeats=3)
+    again = medians(*(lambda s=s: s(x) for s in solves), repeats=2 * repeats - 1)
+    columns = medians(*(lambda s=s: s(several) for s in solves), repeats=repeats)
     results = [
         {
             "case": case.name,
@@ -205,7 +213,7 @@ def static(rng: np.random.Generator, case: Case, peers: dict[str, Peer], block: 
     return [times_ours(row, results[0]) for row in results]
 
 
-def window(rng: np.random.Generator, case: Case, peers: dict[str, Peer]) -> list[Row]:
+def window(rng: np.random.Generator, case: Case, peers: dict[str, Peer], repeats: int) -> list[Row]:
     """Measure a step of a full window: one gradient exchanged, then F⁻¹ of it."""
     ring = case.rows(rng, case.m, case.d)
     fresh = case.rows(rng, case.m, case.d)
@@ -216,7 +224,7 @@ def window(rng: np.random.Generator, case: Case, peers: dict[str, Peer]) -> list
     names = [f"{OURS}, the window", *(f"{name}, anew" for name in peers)]
     rows = iter(range(10**9))
     acts = [lambda step=step: step(fresh[next(rows) % case.m]) for step in steps]
-    seconds = medians(*acts, repeats=5)
+    seconds = medians(*acts, repeats=repeats)
     results = [
         {"case": case.name, "title": "", "peer": name, "step_s": step_s}
         for name, step_s in zip(names, seconds, strict=True)
@@ -244,7 +252,7 @@ def times_ours(row: Row, our: Row) -> Row:
 def draw(results: list[Row]) -> Any:
     """Draw the time of k products, with their set-up, over k."""
     names = list(dict.fromkeys(row["case"] for row in results))
-    figure, axes = panels(2, 2)
+    figure, axes = panels(-(-len(names) // 2), 2)
     products = np.logspace(0, 3, 60)
     for name, axis in zip(names, axes, strict=True):
         rows = [row for row in results if row["case"] == name and "refine" not in row["peer"]]
@@ -266,12 +274,10 @@ def main(argv: list[str] | None = None) -> None:
     rng = np.random.default_rng(options.seed)
     packages = ("numpy", "scipy", "torch", "linear_operator", "curvlinops-for-pytorch")
     report = Report("peers", options.output, seed=options.seed, packages=packages)
-    # linear_operator is written with what PyTorch now deprecates.
-    warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
     peers = installed()
     problems = list(cases(options.quick))
-    block = 8
-    results = [row for case in problems for row in static(rng, case, peers, block)]
+    block, repeats = 8, 1 if options.quick else 3
+    results = [row for case in problems for row in static(rng, case, peers, block, repeats)]
     report.table(
         "static",
         results,
@@ -287,8 +293,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     report.figure("static", draw(results))
     without = {name: peers[name] for name in peers if "refine" not in name and "paper" not in name}
-    steps = [row for case in problems[1:] for row in window(rng, case, without)]
-    report.table("window", steps, {"gradients": "{title}", "": "{peer}", "a step": "{step_s_ratio:.2f}"})
+    steps = [row for case in problems[1::2] for row in window(rng, case, without, repeats)]
+    columns = {"gradients": "{title}", "": "{peer}", "a step": "{step_s_ratio:.2f}"}
+    report.table("window", steps, columns)
     report.write()
 
 

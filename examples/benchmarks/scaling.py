@@ -88,7 +88,9 @@ def step(rng: np.random.Generator, m: int, d: int, repeats: int) -> Row:
     return {"step_s": step_s, "step_floor_s": floor_s, "step_ratio": step_s / floor_s}
 
 
-def vectors(rng: np.random.Generator, m: int, d: int, counts: Sequence[int]) -> list[Row]:
+def vectors(
+    rng: np.random.Generator, m: int, d: int, counts: Sequence[int], repeats: int
+) -> list[Row]:
     """Measure products with several vectors at once."""
     g = unit_rows(rng, m, d)
     operator = mfac.InverseFisher(g, damping=DAMPING)
@@ -100,7 +102,7 @@ def vectors(rng: np.random.Generator, m: int, d: int, counts: Sequence[int]) -> 
             lambda x=x: operator @ x,
             lambda x=x, c=c: (g @ x, g.T @ c),
             two_passes(g, rng),
-            repeats=7,
+            repeats=repeats,
         )
         results.append(
             {
@@ -115,7 +117,7 @@ def vectors(rng: np.random.Generator, m: int, d: int, counts: Sequence[int]) -> 
     return results
 
 
-def storage(rng: np.random.Generator, m: int, d: int) -> list[Row]:
+def storage(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[Row]:
     """Measure time and error of gradients in each dtype, in PyTorch."""
     import torch
 
@@ -135,9 +137,10 @@ def storage(rng: np.random.Generator, m: int, d: int) -> list[Row]:
         for name, g in stored.items()
     }
     setups = [lambda g=g: mfac.InverseFisher(g, damping=DAMPING) for g in stored.values()]
-    setup_s = medians(*setups, repeats=3)
-    products = [lambda o=set_up(), x=vector[n]: o @ x for n, set_up in zip(stored, setups, strict=True)]
-    product_s = medians(*products, repeats=7)
+    setup_s = medians(*setups, repeats=repeats)
+    operators = [set_up() for set_up in setups]
+    products = [lambda o=o, x=vector[n]: o @ x for n, o in zip(stored, operators, strict=True)]
+    product_s = medians(*products, repeats=repeats)
     results = []
     for i, (name, g) in enumerate(stored.items()):
         y = products[i]()
@@ -166,10 +169,14 @@ def draw(rows: Sequence[Row], along: str, what: Sequence[str], label: str) -> An
         axis.loglog(sizes, [row[f"{key}_s"] for row in rows], marker=".", label="mfac_core")
         floor = [row[f"{key}_floor_s"] for row in rows]
         axis.loglog(sizes, floor, "--", color="grey", label=FLOORS[key])
+        if key == "each":
+            single = [row["one_floor_s"] for row in rows]
+            axis.loglog(sizes, single, ":", color="grey", label="two sgemv passes for each")
         axis.set_title(TITLES[key], fontsize="small")
         axis.set_xlabel(label)
         axis.set_ylabel("seconds")
-        axis.legend(fontsize="small")
+        axis.set_ylim(min(floor) / 4)  # room for the legend
+        axis.legend(fontsize="small", loc="lower right")
     for key in memory:
         name = TITLES[key.removesuffix("_memory")]
         axes[-1].semilogx(sizes, [row[key] for row in rows], marker=".", label=name)
@@ -216,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         "scaling", options.output, seed=options.seed, packages=("numpy", "scipy", "torch")
     )
     quick = options.quick
-    repeats = 3 if quick else 5
+    repeats = 1 if quick else 5
 
     lengths = [100, 1000] if quick else [10_000, 100_000, 1_000_000, 10_000_000]
     rows = [inverse(rng, 16, d, repeats) for d in lengths]
@@ -230,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     report.figure("m", draw(rows, "m", ["setup", "product", "step"], f"m, for d {d:,}"))
 
     m, d = (8, 400) if quick else (256, 40_000)
-    rows = vectors(rng, m, d, [1, 4] if quick else [1, 4, 16, 64, 256])
+    rows = vectors(rng, m, d, [1, 4] if quick else [1, 4, 16, 64, 256], repeats)
     report.table(
         "vectors",
         rows,
@@ -246,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     if importlib.util.find_spec("torch"):
         report.table(
             "storage",
-            storage(rng, m, d),
+            storage(rng, m, d, repeats),
             {
                 "gradients in": "{dtype}",
                 "bytes each": "{bytes}",

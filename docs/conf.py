@@ -14,7 +14,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "results"]  # results are included by pages
 templates_path = ["_templates"]
 
 myst_enable_extensions = ["dollarmath"]

@@ -61,7 +61,6 @@ def test_benchmarks(name, tables, pictures, tmp_path):
         assert (tmp_path / f"{name}-{part}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # linear_operator's
 def test_every_peer_gives_the_inverse(rng):
     peers = load("benchmarks/peers.py")
     g = rng.standard_normal((6, 20), dtype=np.float32)

@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     report.table("m", rows, COLUMNS | STEP)
     report.figure("m", draw(rows, "m", ["setup", "product", "step"], f"m, for d {d:,}"))
 
-    m, d = (8, 400) if quick else (256, 40_000)
+    m, d = (8, 400) if quick else (256, 20_000)
     rows = vectors(rng, m, d, [1, 4] if quick else [1, 4, 16, 64, 256], repeats)
     report.table(
         "vectors",

@@ -15,7 +15,7 @@ import scipy
 Act = Callable[[], object]
 NDArray = np.ndarray[Any, Any]
 
-STILL_SPINNING = 0.05  # seconds for which a library's threads may keep a core after their work
+STILL_SPINNING = 0.03  # seconds for which a library's threads may keep a core after their work
 
 
 def medians(*acts: Act, repeats: int) -> list[float]:

@@ -174,7 +174,7 @@ def cases(quick: bool) -> Iterator[Case]:
     yield Case(16, 200_000, 1e-1, unit_rows)
     yield Case(256, 20_000, 1e-1, correlated_rows)
     yield Case(256, 20_000, 1e-4, correlated_rows)
-    yield Case(1024, 10_000, 1e-3, unit_rows)
+    yield Case(512, 20_000, 1e-3, unit_rows)
 
 
 def static(
@@ -192,7 +192,7 @@ def static(
     first = medians(*map(anew, peers.values()), repeats=repeats)
     memory = [peak_memory(anew(peer)) for peer in peers.values()]
     solves = [peer.make(g, case.damping) for peer in peers.values()]
-    again = medians(*(lambda s=s: s(x) for s in solves), repeats=2 * repeats - 1)
+    again = medians(*(lambda s=s: s(x) for s in solves), repeats=repeats)
     columns = medians(*(lambda s=s: s(several) for s in solves), repeats=repeats)
     results = [
         {
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     report = Report("peers", options.output, seed=options.seed, packages=packages)
     peers = installed()
     problems = list(cases(options.quick))
-    block, repeats = 8, 1 if options.quick else 3
+    block, repeats = 4, 1 if options.quick else 3
     results = [row for case in problems for row in static(rng, case, peers, block, repeats)]
     report.table(
         "static",

@@ -7,6 +7,7 @@ on a shared machine say little. NumPy arrays, float32.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -83,7 +84,7 @@ def window_step(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[
     window = mfac.SlidingInverseFisher(d, m, damping=1e-4)
     for row in g:
         window.append(row)
-    fresh = iter(unit_rows(rng, repeats + 3, d))
+    fresh = itertools.cycle(unit_rows(rng, 8, d))
     window.append_matvec(next(fresh))
     dual = np.eye(m) + g[:, :1000].astype(np.float64) @ g[:, :1000].T
     ours, floor, cholesky = medians(

@@ -15,17 +15,18 @@ import scipy
 Act = Callable[[], object]
 NDArray = np.ndarray[Any, Any]
 
-STILL_SPINNING = 0.03  # seconds for which a library's threads may keep a core after their work
+SETTLING = 0.03
+"""Seconds for which one library's threads may go on spinning and keep the cores from another's."""
 
 
 def medians(*acts: Act, repeats: int) -> list[float]:
-    """Return the median seconds of each act, all of them taken in turn."""
+    """Return the median seconds of each act, all of them taken in turn and each when warm."""
     times: list[list[float]] = [[] for _ in acts]
-    for act in acts:
-        act()
     for _ in range(repeats):
         for act, seconds in zip(acts, times, strict=True):
-            time.sleep(STILL_SPINNING)
+            settled = time.perf_counter() + SETTLING
+            while time.perf_counter() < settled:
+                act()
             start = time.perf_counter()
             act()
             seconds.append(time.perf_counter() - start)

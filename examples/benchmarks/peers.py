@@ -2,7 +2,9 @@
 
 All are given the same gradients and asked for F⁻¹x, x a combination of gradients. Their times are
 medians measured in turn and shown as multiples of this package's; errors are against the Woodbury
-identity in float64. A peer that is not installed is left out, and the script says so:
+identity in float64. All run on one thread: NumPy, SciPy and PyTorch bring threads of their own,
+which would take the cores from one another. A peer that is not installed is left out, and the
+script says so:
 
     python -m pip install "mfac_core[benchmarks]"
 
@@ -13,7 +15,8 @@ package; the paper's recursions are those of mfac_core.testing, in float32 NumPy
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,6 +33,7 @@ from measure import (
     woodbury,
 )
 from report import Report, Row, arguments, panels
+from threadpoolctl import threadpool_limits
 
 import mfac_core as mfac
 from mfac_core.testing import DynamicRecursion, StaticRecursion
@@ -143,10 +147,12 @@ def installed() -> dict[str, Peer]:
     """Return the peers that are there, and print those that are not."""
     present = {}
     for name, peer in PEERS.items():
-        if importlib.util.find_spec(peer.package):
-            present[name] = peer
-        else:
+        try:
+            importlib.import_module(peer.package)
+        except ModuleNotFoundError:
             print(f"{name}: left out, {peer.package} is not installed")
+        else:
+            present[name] = peer
     return present
 
 
@@ -216,14 +222,13 @@ def static(
 def window(rng: np.random.Generator, case: Case, peers: dict[str, Peer], repeats: int) -> list[Row]:
     """Measure a step of a full window: one gradient exchanged, then F⁻¹ of it."""
     ring = case.rows(rng, case.m, case.d)
-    fresh = case.rows(rng, case.m, case.d)
+    fresh = itertools.cycle(case.rows(rng, case.m, case.d))
     sliding = mfac.SlidingInverseFisher(case.d, case.m, damping=case.damping)
     for row in ring:
         sliding.append(row)
     steps = [sliding.append_matvec, *(exchange(ring, case.damping, p) for p in peers.values())]
     names = [f"{OURS}, the window", *(f"{name}, anew" for name in peers)]
-    rows = iter(range(10**9))
-    acts = [lambda step=step: step(fresh[next(rows) % case.m]) for step in steps]
+    acts = [lambda step=step: step(next(fresh)) for step in steps]
     seconds = medians(*acts, repeats=2 * repeats - 1)
     results = [
         {"case": case.name, "title": "", "peer": name, "step_s": step_s}
@@ -235,10 +240,10 @@ def window(rng: np.random.Generator, case: Case, peers: dict[str, Peer], repeats
 
 def exchange(ring: NDArray, damping: float, peer: Peer) -> Callable[[NDArray], Any]:
     """Return the step of a peer without a window: all anew after each gradient."""
-    slots = iter(range(10**9))
+    slots = itertools.cycle(range(len(ring)))
 
     def step(g: NDArray) -> Any:
-        ring[next(slots) % len(ring)] = g
+        ring[next(slots)] = g
         return peer.make(ring, damping)(g)
 
     return step
@@ -277,7 +282,10 @@ def main(argv: list[str] | None = None) -> None:
     peers = installed()
     problems = list(cases(options.quick))
     block, repeats = 4, 1 if options.quick else 3
-    results = [row for case in problems for row in static(rng, case, peers, block, repeats)]
+    without = {name: peers[name] for name in peers if "refine" not in name and "paper" not in name}
+    with threadpool_limits(1):  # of all libraries that are imported by now
+        results = [row for case in problems for row in static(rng, case, peers, block, repeats)]
+        steps = [row for case in problems[1::2] for row in window(rng, case, without, repeats)]
     report.table(
         "static",
         results,
@@ -292,8 +300,6 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     report.figure("static", draw(results))
-    without = {name: peers[name] for name in peers if "refine" not in name and "paper" not in name}
-    steps = [row for case in problems[1::2] for row in window(rng, case, without, repeats)]
     columns = {"gradients": "{title}", "": "{peer}", "a step": "{step_s_ratio:.2f}"}
     report.table("window", steps, columns)
     report.write()

@@ -9,6 +9,7 @@ are medians; memory is the peak beyond the gradients, in multiples of them.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,10 +79,9 @@ def step(rng: np.random.Generator, m: int, d: int, repeats: int) -> Row:
     window = mfac.SlidingInverseFisher(d, m, damping=DAMPING)
     for row in g:
         window.append(row)
-    fresh = unit_rows(rng, 8, d)
-    turn = iter(range(10**9))
+    fresh = itertools.cycle(unit_rows(rng, 8, d))
     step_s, floor_s = medians(
-        lambda: window.append_matvec(fresh[next(turn) % len(fresh)]),
+        lambda: window.append_matvec(next(fresh)),
         two_passes(g, rng),
         repeats=repeats,
     )

@@ -7,6 +7,7 @@ array API standard), products with and elements of the inverse of F = λI + Gᵀ
 from mfac_core.blocked import BlockInverseFisher as BlockInverseFisher
 from mfac_core.fisher import EmpiricalFisher as EmpiricalFisher
 from mfac_core.sliding import SlidingInverseFisher as SlidingInverseFisher
+from mfac_core.sparse import SparseSlidingInverseFisher as SparseSlidingInverseFisher
 from mfac_core.static import InverseFisher as InverseFisher
 from mfac_core.static import ihvp as ihvp
 
@@ -17,5 +18,6 @@ __all__ = [
     "EmpiricalFisher",
     "InverseFisher",
     "SlidingInverseFisher",
+    "SparseSlidingInverseFisher",
     "ihvp",
 ]

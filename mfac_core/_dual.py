@@ -205,6 +205,8 @@ class Dual:
 
     def smallest_pivot(self) -> float:
         """Return min Lₖₖ²: what elimination has left of the least of A's diagonal elements."""
+        if not len(self):
+            return self.shift
         return float(self.home.xp.min(self.home.xp.linalg.diagonal(self.factor()))) ** 2
 
     def inverse_norm(self) -> float:
@@ -240,6 +242,8 @@ class Dual:
 
     def largest_square_norm(self) -> float:
         """Return max ‖gᵢ‖²."""
+        if not len(self):
+            return 0.0
         return float(self.home.xp.max(self._diagonal()))
 
     def cancellation(self, c: Array) -> float:

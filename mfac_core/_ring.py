@@ -1,21 +1,114 @@
-"""The gradients of a sliding window: an array written row by row, and the age of its rows."""
+"""The gradients of a sliding window: rows that are written one at a time, and their age."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
-from mfac_core._arrays import Array
+from mfac_core._arrays import Array, send
 from mfac_core._ops import rows as ops
-from mfac_core._rows import Reduce
+from mfac_core._rows import Reduce, Rows
 from mfac_core._storage import ArrayRows
 
 
-class Ring(ArrayRows):
-    """The rows of an array, none of them in use yet; an empty one among those in use is zero.
+class Ring(Rows):
+    """Room for ``capacity`` rows, of which the first ``used`` have been written.
 
-    So it adds nothing to any product.
+    What a row is when it is written is the ring's own affair; ``vector`` is what it stands for. An
+    empty row among those in use is zero, and so adds nothing to any product.
+    """
+
+    stored: ClassVar[str]
+    """The entry of a state that has the ring's library and dtype."""
+
+    slots: list[int]
+    """The rows that hold gradients, oldest first."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """How many rows there is room for."""
+
+    @property
+    @abstractmethod
+    def always_exact(self) -> bool:
+        """Whether products run in float64 whatever is asked."""
+
+    @abstractmethod
+    def vector(self, row: Any) -> Array:
+        """Return the gradient that a row stands for, shape (d,)."""
+
+    @abstractmethod
+    def blank(self, i: int) -> Any:
+        """Return a zero row to take the place of row i."""
+
+    @abstractmethod
+    def write(self, i: int, row: Any) -> None:
+        """Set row i, and use it from now on."""
+
+    @abstractmethod
+    def held(self) -> Array:
+        """Return the gradients, oldest first, as an array (len(slots), d): a copy."""
+
+    @abstractmethod
+    def emptied(self) -> Ring:
+        """Return a ring in the same memory with no rows in use."""
+
+    @abstractmethod
+    def copy(self) -> Rows:
+        """Return the rows in use, such that later changes do not reach them."""
+
+    @abstractmethod
+    def shapes(self, used: int) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the arrays that a state with this many rows has."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Array]:
+        """Return copies of the rows in use."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a state of the right forms."""
+
+    def free_slot(self) -> int:
+        """Return the first row that holds no gradient."""
+        held = set(self.slots)
+        return next(slot for slot in range(self.capacity) if slot not in held)
+
+    def exchange(self, i: int, row: Any, norm2: float) -> Array:
+        """Set row i to a finite row of square norm ``norm2`` and return the Gram's row of it."""
+        if self.exchanges(row):
+            return self.exchange_unseen(i, row)[0]
+        x = self.vector(row)
+        with np.errstate(over="ignore", invalid="ignore"):
+            products = self.project(x)
+        if not bool(self.home.xp.all(self.home.xp.isfinite(products))):
+            self.exact = True  # finite rows whose products overflow float32
+            products = self.project(x)
+        used = self.used
+        self.write(i, row)
+        of_gram = self.home.zeros(self.used)
+        of_gram[:used] = products
+        of_gram[i] = norm2
+        return of_gram
+
+    def exchanges(self, row: Any) -> bool:
+        """Whether :meth:`exchange_unseen` takes a row."""
+        return False
+
+    def exchange_unseen(self, i: int, row: Any) -> tuple[Array, Array]:
+        """Do as :meth:`exchange` on a device, without waiting; also return ‖row‖², shape (1,).
+
+        Where that is not finite, the row that was there stays, and is exchanged for itself.
+        """
+        raise NotImplementedError
+
+
+class ArrayRing(ArrayRows, Ring):
+    """One array, none of its rows in use yet.
 
     Parameters
     ----------
@@ -25,76 +118,72 @@ class Ring(ArrayRows):
         Sum over ranks.
     """
 
-    slots: list[int]
-    """The rows that hold gradients, oldest first."""
-
-    always_exact: bool
-    """Whether products run in float64 whatever is asked."""
+    stored = "gradients"
 
     def __init__(self, array: Array, reduce: Reduce | None = None) -> None:
         super().__init__(array, used=0, reduce=reduce)
         self.slots = []
-        self.always_exact = self.exact = ops.always_exact(array)
+        self.exact = self.always_exact
 
-    @classmethod
-    def zeros(
-        cls, xp: Any, shape: tuple[int, int], dtype: Any, device: Any, reduce: Reduce | None
-    ) -> Self:
-        """Make the array; None for dtype or device is the library's default."""
-        return cls(xp.zeros(shape, dtype=dtype, **_on(device)), reduce)
+    @property
+    def capacity(self) -> int:
+        """See :class:`Ring`."""
+        return int(self.array.shape[0])
 
-    def held(self) -> Array:
-        """Return the gradients, oldest first: a copy."""
-        if not self.slots:
-            return self.array[:0, :]
-        slots = self.xp.asarray(self.slots, **_on(self.device))
-        return self.xp.take(self.array, slots, axis=0)
+    @property
+    def always_exact(self) -> bool:
+        """See :class:`Ring`."""
+        return ops.always_exact(self.array)
 
-    def copy(self) -> ArrayRows:
-        """Return the rows in use, such that later changes do not reach them."""
-        copy = self.xp.asarray(self.array[: self.used, :], copy=True)
-        return ArrayRows(copy, reduce=self.reduce)
+    def vector(self, row: Array) -> Array:
+        """See :class:`Ring`."""
+        return row
 
-    def free_slot(self) -> int:
-        """Return the first row that holds no gradient."""
-        held = set(self.slots)
-        return next(slot for slot in range(self.array.shape[0]) if slot not in held)
+    def blank(self, i: int) -> Array:
+        """See :class:`Ring`."""
+        return self.array[i, :] * 0
 
     def write(self, i: int, row: Array) -> None:
-        """Set row i, and use it from now on."""
+        """See :class:`Ring`."""
         self.used = max(self.used, i + 1)
         self.array = ops.write(self.array, i, row)
         self.like = self.array
 
-    def exchange(self, i: int, row: Array, norm2: float) -> Array:
-        """Set row i to a finite row of square norm ``norm2`` and return the Gram's row of it."""
-        if self.exchanges(row):
-            return self.exchange_unseen(i, row)[0]
-        with np.errstate(over="ignore", invalid="ignore"):
-            products = self.project(row)
-        if not bool(self.home.xp.all(self.home.xp.isfinite(products))):
-            self.exact = True  # finite rows whose products overflow float32
-            products = self.project(row)
-        used = self.used
-        self.write(i, row)
-        of_gram = self.home.zeros(self.used)
-        of_gram[:used] = products
-        of_gram[i] = norm2
-        return of_gram
+    def held(self) -> Array:
+        """See :class:`Ring`."""
+        if not self.slots:
+            return self.array[:0, :]
+        slots = self.xp.asarray(self.slots, device=self.device)
+        return self.xp.take(self.array, slots, axis=0)
+
+    def emptied(self) -> ArrayRing:
+        """See :class:`Ring`."""
+        return ArrayRing(self.array, self.reduce)
+
+    def copy(self) -> ArrayRows:
+        """See :class:`Ring`."""
+        return ArrayRows(self.state()[self.stored], reduce=self.reduce)
+
+    def shapes(self, used: int) -> dict[str, tuple[int, ...]]:
+        """See :class:`Ring`."""
+        return {self.stored: (used, self.shape[1])}
+
+    def state(self) -> dict[str, Array]:
+        """See :class:`Ring`."""
+        return {self.stored: self.xp.asarray(self.array[: self.used, :], copy=True)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See :class:`Ring`."""
+        gradients = state[self.stored]
+        for i in range(gradients.shape[0]):
+            self.write(i, send(gradients[i, :], self.array, self.dtype))
 
     def exchanges(self, row: Array) -> bool:
-        """Whether :meth:`exchange_unseen` takes a row; over ranks its sums would have to wait."""
+        """See :class:`Ring`; over ranks its sums would have to wait."""
         on_device = self.reduce is None and not self.home.is_numpy
         return on_device and ops.exchanges(self.array, row)
 
     def exchange_unseen(self, i: int, row: Array) -> tuple[Array, Array]:
-        """Do as :meth:`exchange` on a device, without waiting; also return ‖row‖², shape (1,).
-
-        Where that is not finite, the row that was there stays, and is exchanged for itself.
-        """
+        """See :class:`Ring`."""
         self.used = max(self.used, i + 1)
         return ops.exchange(self.array[: self.used, :], i, row, self.home)
-
-
-def _on(device: Any) -> dict[str, Any]:
-    return {} if device is None else {"device": device}

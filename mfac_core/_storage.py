@@ -24,7 +24,7 @@ PART_BYTES = 1 << 25
 
 
 class ArrayRows(Rows):
-    """The rows of one array, all of them or the first."""
+    """The rows of one array, of which only the first ``used`` need be in use."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, device, is_traced
 from mfac_core._dual import Dual
 from mfac_core._inverse import DampedInverse
-from mfac_core._ring import Ring
+from mfac_core._ring import ArrayRing, Ring
 from mfac_core._rows import Reduce, Rows
 from mfac_core._unseen import Unseen
 
@@ -116,9 +116,10 @@ class SlidingInverseFisher(DampedInverse):
         self._given = (xp, dtype, device)
         # Until library and dtype are known the ring has no rows.
         space = np if xp is None else xp
-        self._hold(Ring.zeros(space, (0, self.num_params), dtype, device, reduce))
+        like = space.zeros((0, self.num_params), dtype=dtype, **_on(device))
+        self._hold(self._ring(like, 0))
         if xp is not None and dtype is not None:
-            self._allocate(self._rows.array)
+            self._allocate(like)
 
     # -- the window ------------------------------------------------------------------------
 
@@ -243,10 +244,9 @@ class SlidingInverseFisher(DampedInverse):
         """
         self._accept()
         i = check.index(i, "i", len(self))
-        slots = [slot for position, slot in enumerate(self._rows.slots) if position != i]
-        zero = self._rows.array[self._rows.slots[i], :] * 0
-        # An empty slot is a zero row: it adds nothing to any product.
-        self._exchange(self._rows.slots[i], zero, 0.0, slots)
+        slot = self._rows.slots[i]
+        slots = [other for other in self._rows.slots if other != slot]
+        self._exchange(slot, self._rows.blank(slot), 0.0, slots)
 
     def append_matvec(self, g: Array, *, check_finite: bool = True) -> Array:
         """Add a gradient and return F⁻¹g = n Gᵀ A⁻¹ eⱼ, j its row, with it in the window.
@@ -313,7 +313,7 @@ class SlidingInverseFisher(DampedInverse):
 
     def clear(self) -> None:
         """Remove all gradients; library, dtype and device stay."""
-        self._hold(Ring(self._rows.array, self._reduce))
+        self._hold(self._rows.emptied())
 
     # -- products --------------------------------------------------------------------------
 
@@ -346,6 +346,11 @@ class SlidingInverseFisher(DampedInverse):
         return self.window_size if self.normalization == "window" else max(len(self), 1)
 
     # -- state -----------------------------------------------------------------------------
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        """The arguments in which windows that exchange states must agree."""
+        return {"num_params": self.num_params, "window_size": self.window_size}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain arrays, numbers and strings.
@@ -383,8 +388,8 @@ class SlidingInverseFisher(DampedInverse):
 
     # -- changes ---------------------------------------------------------------------------
 
-    def _gradient_argument(self, g: Any, *, unseen: bool) -> tuple[Array, float | None]:
-        """Check a gradient and return it in the window's dtype, with its squared norm.
+    def _gradient_argument(self, g: Any, *, unseen: bool) -> tuple[Any, float | None]:
+        """Check a gradient and return it as a row of the ring, with its squared norm.
 
         With ``unseen``, where a device computes the norm as it exchanges rows, None stands for it.
         """
@@ -393,8 +398,11 @@ class SlidingInverseFisher(DampedInverse):
             msg = "g must hold values, got a JAX tracer; keep the window out of jit, vmap and grad"
             raise TypeError(msg)
         if self._allocated or self._given[0] is not None:
-            check.beside(g, "g", self._rows.array)
-        dtype = self.dtype if self.dtype is not None else g.dtype
+            check.beside(g, "g", self._rows.like)
+        return self._row_of(g, self.dtype if self.dtype is not None else g.dtype, unseen)
+
+    def _row_of(self, g: Array, dtype: Any, unseen: bool) -> tuple[Any, float | None]:
+        """Return what the ring stores of a gradient as ``dtype``, and its squared norm."""
         if g.dtype != dtype:
             with np.errstate(over="ignore"):  # an overflow is refused below, by name
                 g = array_namespace(g).astype(g, dtype)
@@ -418,12 +426,17 @@ class SlidingInverseFisher(DampedInverse):
 
     @property
     def _allocated(self) -> bool:
-        return int(self._rows.array.shape[0]) == self.window_size
+        return self._rows.capacity == self.window_size
 
     def _allocate(self, like: Array) -> None:
         """Make the ring, in the library, dtype and device of ``like``."""
-        shape, xp = (self.window_size, self.num_params), array_namespace(like)
-        self._hold(Ring.zeros(xp, shape, like.dtype, device(like), self._reduce))
+        self._hold(self._ring(like, self.window_size))
+
+    def _ring(self, like: Array, capacity: int) -> Ring:
+        """Return an empty ring in the library, dtype and device of ``like``."""
+        shape = (capacity, self.num_params)
+        array = array_namespace(like).zeros(shape, dtype=like.dtype, **_on(device(like)))
+        return ArrayRing(array, self._reduce)
 
     def _hold(self, ring: Ring) -> None:
         """Start with a ring of no gradients."""
@@ -445,23 +458,23 @@ class SlidingInverseFisher(DampedInverse):
             self._rows.exact = not self._solution_error() <= self._largest_rounding / 8
 
     def _exchange(
-        self, slot: int, g: Array, norm2: float | None, slots: list[int]
+        self, slot: int, row: Any, norm2: float | None, slots: list[int]
     ) -> tuple[Array | None, list[int]]:
-        """Write ``g`` into a row of the ring, and let ``slots`` be the rows held from now on.
+        """Write a row into a slot of the ring, and let ``slots`` be the rows held from now on.
 
         Returns the squared norm where only a device knows it, and the rows held before.
         """
         before, there = self._rows.slots, None
         grows = slot == self._rows.used
         if norm2 is None:
-            row, there = self._rows.exchange_unseen(slot, g)
+            products, there = self._rows.exchange_unseen(slot, row)
         else:
-            row = self._rows.exchange(slot, g, norm2)
+            products = self._rows.exchange(slot, row, norm2)
         if grows:
             self._dual.grow()
         self._rows.slots = slots
         self._reshift()
-        self._dual.replace(slot, row)
+        self._dual.replace(slot, products)
         self._checked = False
         self._exact_steps += self._rows.exact
         return there, before
@@ -473,3 +486,7 @@ class SlidingInverseFisher(DampedInverse):
     def _reshift(self) -> None:
         self._dual.set_shift(self._shift)
         self._checked = False
+
+
+def _on(device: Any) -> dict[str, Any]:
+    return {} if device is None else {"device": device}

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from array_api_compat import torch as namespace
 from conftest import numpy64, relative_error
 from host_machine import tensor, torch_machine
 
 import mfac_core as mfac
-from mfac_core import _rows
-from mfac_core._ops import _generic, rows
+from mfac_core import _rows, _sparse_ring
+from mfac_core._ops import _generic, _sparse_generic, rows
 from mfac_core.testing import (
     assert_operator_close,
     dense_fisher,
@@ -138,6 +139,39 @@ def test_other_operations_of_a_window(device, rng):
     restored = mfac.SlidingInverseFisher(17, 5, damping=1.0)
     restored.load_state_dict(after)
     assert (restored.append_matvec(rows[8]) == window.append_matvec(rows[8])).all()
+
+
+@pytest.mark.parametrize("normalization", ["count", "window"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sparse_window(device, monkeypatch, rng, dtype, normalization):
+    for name in ("project", "combine"):
+        monkeypatch.setattr(_sparse_generic, name, None)
+    monkeypatch.setattr(_sparse_ring, "LARGEST_BLOCK", 10)
+    d, size = 43, 5
+    window = mfac.SparseSlidingInverseFisher(
+        d,
+        size,
+        density=0.3,
+        damping=0.2,
+        normalization=normalization,
+        xp=namespace,
+        dtype=getattr(torch, dtype),
+    )
+    total = np.zeros(d)
+    for row in rng.standard_normal((12, d)):
+        g = tensor(row, dtype)
+        y = window.append_matvec(g)
+        held = numpy64(window.gradients)
+        total += numpy64(g) - held[-1]
+        divisor = size if normalization == "window" else len(held)
+        dense = dense_inverse(held, damping=0.2, divisor=divisor)
+        bound = error_bound(g[None, :], damping=0.2, divisor=divisor)
+        assert y.dtype == g.dtype
+        assert relative_error(y, dense @ held[-1]) <= bound
+    assert relative_error(window.error, total) <= 1e-5
+    bound = error_bound(tensor(held, dtype), damping=0.2, divisor=divisor)
+    assert_operator_close(window, dense, rtol=bound)
+    assert {"sparse_project", "sparse_combine", "dual_update"} <= set(device.launches)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

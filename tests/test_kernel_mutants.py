@@ -13,7 +13,16 @@ import pytest
 from cuda_on_cpu import KernelError, host_array, host_view
 from host_machine import DeviceHome, HostMachine
 
-from mfac_core._ops import _cuda_blocks, _cuda_queries, _cupy, cuda, dense, rows
+from mfac_core._ops import (
+    _cuda_blocks,
+    _cuda_queries,
+    _cuda_sparse,
+    _cupy,
+    cuda,
+    dense,
+    rows,
+    sparse,
+)
 
 ORDERS = ("forward", "backward", "random")
 
@@ -50,7 +59,7 @@ def combinations(machine, rng):
 def sums(machine, rng):
     """Run the second stage: more parts than threads share, and a last group that is not full."""
     partial, base = rng.standard_normal((11, 37)), rng.standard_normal(37)
-    y = cuda._sum(host_array(partial), host_array(base), 0.5, (37,), "float64", host_array(base))
+    y = cuda.sum_parts(*map(host_array, (partial, base)), 0.5, (37,), "float64", host_array(base))
     yield host_view(y), 0.5 * base + partial.sum(axis=0)
 
 
@@ -125,6 +134,37 @@ def blocks(machine, rng):
         yield host_view(y)[part], expected @ x[part]
 
 
+def sparse_products(machine, rng):
+    """Run rows of few and of more entries than a tile holds, whole and in slices.
+
+    The last block is short, and has an entry just past its end.
+    """
+    for m, width, d, k in ((83, 37, 100, 11), (3, 1100, 2198, 1037)):
+        blocks = -(-d // width)
+        indices = np.tile(np.arange(width), (blocks, m, 1))
+        indices = np.sort(rng.permuted(indices, axis=2)[..., :k], axis=2)
+        end = d - (blocks - 1) * width
+        indices[-1] = np.arange(end - k + 1, end + 1)
+        values = rng.standard_normal(indices.shape)
+        values[-1, :, -1] = 0.0
+        dense = np.zeros((m, blocks * width))
+        for i in range(m):
+            dense[i, indices[:, i] + width * np.arange(blocks)[:, None]] = values[:, i]
+        dense = dense[:, :d]
+        arrays = map(host_array, (indices.astype("int16"), values))
+        entries = sparse.Entries(*arrays, m, d, width)
+        x, c = rng.standard_normal(d), rng.standard_normal(m)
+        for rows_of_slice in (1000, 20):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_cuda_sparse, "SLICE_ROWS", rows_of_slice)
+                y = sparse.project(entries, host_array(x), exact=True, home=DeviceHome())
+                yield host_view(y), dense @ x
+                y = sparse.combine(
+                    entries, host_array(c), host_array(x), 0.5, dtype=None, exact=True
+                )
+                yield host_view(y), 0.5 * x + dense.T @ c
+
+
 EXERCISES = {
     "common.cuh": loads_and_stores,
     "project.cu": products,
@@ -134,6 +174,7 @@ EXERCISES = {
     "diagonal.cu": diagonals,
     "entries.cu": elements,
     "blocks.cu": blocks,
+    "sparse.cu": sparse_products,
 }
 
 EQUIVALENT = {
@@ -150,6 +191,22 @@ EQUIVALENT = {
         "diagonal.cu",
         "diagonal[column] = value <= low ? low : value > high ? high : value;",
     ): "a value at its bound is left or set to it",
+    (
+        "sparse.cu",
+        "for (int group = first; group <= last; group += GROUPS) {",
+    ): "one more group of rows, all past the last",
+    (
+        "sparse.cu",
+        "for (int j = threadIdx.x; j <= width; j += THREADS) sums[j] = 0.0;",
+    ): "one more sum, that nobody adds to",
+    (
+        "sparse.cu",
+        "for (int tile = first; tile <= last; tile += rows)",
+    ): "one more tile, of no rows",
+    (
+        "sparse.cu",
+        "for (int from = 0; from <= k; from += part) {",
+    ): "one more part of a row, of no entries",
 }
 """Mutants that compute the same, by file and line, and why."""
 
@@ -162,10 +219,10 @@ def code_of(file):
 
 
 def mutants():
-    """Each barrier deleted, and each comparison `<` made `<=`."""
+    """Each barrier deleted, of a block or of a warp, and each comparison `<` made `<=`."""
     for file in EXERCISES:
         code = code_of(file)
-        for match in re.finditer(r"__syncthreads\(\);| < ", code):
+        for match in re.finditer(r"__sync(?:threads|warp)\(\);| < ", code):
             before = code[: match.start()].rsplit("\n", 1)[-1]
             after = code[match.end() :].split("\n", 1)[0]
             if "//" in before:

@@ -14,7 +14,16 @@ from host_machine import NUMPY_DTYPES, DeviceHome, HostMachine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfac_core._ops import _cuda_blocks, _cuda_queries, _cupy, cuda, dense, rows
+from mfac_core._ops import (
+    _cuda_blocks,
+    _cuda_queries,
+    _cuda_sparse,
+    _cupy,
+    cuda,
+    dense,
+    rows,
+    sparse,
+)
 
 EPS = np.finfo("float64").eps
 STORAGE = ["float32", "float64", "float16", "bfloat16"]
@@ -390,6 +399,73 @@ def test_a_block_that_rounding_makes_indefinite_is_told(machine):
     g[0, 1] = np.nan
     _, failed = _cuda_blocks.inverses(host_array(g), np.array([2, 2]), 1e-9, 3)
     assert host_view(failed)[0] == 1
+
+
+def sparse_rows(rng, m, d, width, k, dtype, capacity):
+    """Random entries, rows that are not in use full of NaN, and the dense rows they stand for."""
+    blocks = -(-d // width)
+    indices = np.argsort(rng.random((blocks, capacity, width)), axis=2)[..., :k]
+    indices = np.sort(indices, axis=2).astype("int16")
+    values, exact = stored(rng, indices.shape, dtype)
+    place = indices + width * np.arange(blocks)[:, None, None]
+    values[place >= d] = exact[place >= d] = 0.0
+    padded = np.zeros((m, blocks * width))
+    for i in range(m):
+        padded[i, place[:, i]] = exact[:, i]
+    values[:, m:] = np.nan
+    entries = sparse.Entries(host_array(indices), host_array(values), m, d, width)
+    return entries, padded[:, :d]
+
+
+@pytest.mark.parametrize("other", ["same", "float32", "float64"])
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("slices", ["one", "many"])
+def test_sparse_rows(machine, monkeypatch, dtype, other, slices):
+    out = dtype if other == "same" else other
+    monkeypatch.setattr(_cuda_sparse, "SLICE_ROWS", 3 if slices == "many" else 64)
+
+    @settings(max_examples=8)
+    @given(
+        m=st.integers(1, 30),
+        width=st.one_of(st.integers(1, 70), st.sampled_from([700, 4096])),
+        blocks=st.integers(1, 3),
+        short=st.floats(0, 0.999),
+        density=st.sampled_from([0.01, 0.1, 1.0]),
+        spare=st.integers(0, 3),
+        columns=st.integers(0, 2),
+        alpha=st.sampled_from([None, 0.0, -0.7]),
+        order=ORDERS,
+        seed=st.integers(0, 2**31),
+    )
+    def check(m, width, blocks, short, density, spare, columns, alpha, order, seed):
+        machine.order, machine.seed = order, seed
+        rng = np.random.default_rng(seed)
+        m = m if width < 700 else min(m, 7)
+        d, k = blocks * width - int(short * width), int(np.ceil(density * width))
+        entries, exact = sparse_rows(rng, m, d, width, k, dtype, m + spare)
+        x, exact_x = stored(rng, (d, columns) if columns else (d,), out)
+        product = sparse.project(entries, host_array(x), exact=False, home=DeviceHome())
+        assert ran(machine, "sparse_project", "sum_parts")
+        expected, bound = contract(exact, exact_x)
+        assert product.dtype == np.float64
+        assert (abs(host_view(product) - expected) <= bound).all()
+
+        c = rng.standard_normal((m, columns) if columns else (m,))
+        base = None if alpha is None else host_array(x)
+        result = sparse.combine(
+            entries, host_array(c), base, alpha or 0.0, dtype=NUMPY_DTYPES[out], exact=True
+        )
+        sliced = slices == "many" and m >= 6
+        assert ran(machine, "sparse_combine", *(["sum_parts"] if sliced else []))
+        expected, bound = contract(exact.T, c)
+        if alpha is not None:
+            expected = expected + alpha * exact_x
+            bound += (m + 8) * EPS * abs(alpha * exact_x)
+        bound += half_spacing(abs(expected) + bound, out)
+        assert result.dtype == NUMPY_DTYPES[out]
+        assert (abs(host_view(result).astype("float64") - expected) <= bound).all()
+
+    check()
 
 
 @pytest.mark.parametrize(

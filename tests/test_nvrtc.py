@@ -28,6 +28,8 @@ def variants():
             yield "combine.cu", {**macros, "OUT_T": macros["X_T"]}, 128
         exchange = {"G_T": storage, "X_T": storage, "COLUMNS": 1, "WIDTH": WIDEST[storage]}
         yield "project.cu", {**exchange, "EXCHANGE": 1}, 256
+        for x in {storage, "double"}:
+            yield "sparse.cu", {"V_T": storage, "X_T": x, "OUT_T": x}, 128
         yield "sum.cu", {"X_T": storage, "OUT_T": storage}, 256
         yield "entries.cu", {"G_T": storage}, 512
         for width in (32, 64, 128):

@@ -19,7 +19,7 @@ import numpy as np
 
 import mfac_core as mfac
 from mfac_core._arrays import home_of
-from mfac_core._ops import _cuda_blocks, dense, rows
+from mfac_core._ops import _cuda_blocks, dense, rows, sparse
 
 Act = Callable[[], object]
 Row = dict[str, Any]
@@ -165,6 +165,40 @@ def elements(card: Card, m: int, d: int, count: int, dtype: str) -> list[Row]:
     ]
 
 
+def sparse_passes(card: Card, m: int, d: int) -> list[Row]:
+    """Time the two passes over a full window at density 1 %, against their entries and vectors."""
+    cupy = card.cupy
+    window = mfac.SparseSlidingInverseFisher(d, m, density=0.01, damping=1e-3)
+    noise = card.random(1, d, "float32")[0]
+    for i in range(m):
+        window.append(cupy.roll(noise, 7919 * i))
+    entries, home = window._rows.entries, window._rows.home
+    c = cupy.random.standard_normal(m)
+    size = entries.indices.nbytes + entries.values.nbytes + noise.nbytes
+    what = f"m {m}, d {d:,}, density 1 %"
+    steps = iter(range(10**9))
+    return [
+        card.compare(
+            f"project, {what}",
+            lambda: sparse.project(entries, noise, exact=True, home=home),
+            size,
+            {},
+        ),
+        card.compare(
+            f"combine, {what}",
+            lambda: sparse.combine(entries, c, None, 1.0, dtype=noise.dtype, exact=True),
+            size,
+            {},
+        ),
+        card.compare(
+            f"append_matvec, {what}",
+            lambda: window.append_matvec(cupy.roll(noise, 104_729 * next(steps))),
+            2 * size,
+            {},
+        ),
+    ]
+
+
 def dual_update(card: Card, m: int) -> list[Row]:
     """Time the exchange of a row of the dual and its inverse, against factoring it anew."""
     cupy = card.cupy
@@ -285,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
                 results += window_step(card, m, d, dtype)
     for count in (1, 4096):
         results += elements(card, m, 270_000, count, "float32")
+    results += sparse_passes(card, m, 270_000 if options.quick else 11_000_000)
     results += dual_update(card, m)
     for width in (64, 128):
         results += small_blocks(card, m // 4, width, 64 if options.quick else 4096)

@@ -86,19 +86,19 @@ def combine(
     return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=0)
 
 
-def write(g: Array, i: int, row: Array) -> Array:
+def write(g: Array, i: int, row: Array, axis: int) -> Array:
     """See :func:`mfac_core._ops.rows.write`."""
     if is_jax_array(g):
-        return _donating_write()(g, row, i)
-    g[i, :] = row
+        return _donating_write(axis)(g, row, i)
+    g[(slice(None),) * axis + (i, ...)] = row
     return g
 
 
 @functools.cache
-def _donating_write() -> Callable[[Array, Array, int], Array]:
+def _donating_write(axis: int) -> Callable[[Array, Array, int], Array]:
     """Compile a row write that reuses JAX's buffer instead of copying it."""
     jax = sys.modules["jax"]
     return jax.jit(  # type: ignore[no-any-return]
-        lambda g, row, i: jax.lax.dynamic_update_index_in_dim(g, row, i, axis=0),
+        lambda g, row, i: jax.lax.dynamic_update_index_in_dim(g, row, i, axis=axis),
         donate_argnums=0,
     )

@@ -45,7 +45,7 @@ LARGEST_ROWS = 2**31 // MOST_COLUMNS
 
 def serves(*arrays: Array) -> bool:
     """Whether kernels take these arrays as they are."""
-    return all(_reaches(x) and is_contiguous(x) for x in arrays)
+    return all(reaches(x) and is_contiguous(x) for x in arrays)
 
 
 def serves_product(g: Array, *others: Array | None) -> bool:
@@ -55,7 +55,7 @@ def serves_product(g: Array, *others: Array | None) -> bool:
     """
     given = [x for x in others if x is not None]
     few = all(x.ndim == 1 or x.shape[1] <= MOST_COLUMNS for x in given)
-    return few and g.shape[0] < LARGEST_ROWS and serves(g) and all(map(_reaches, given))
+    return few and g.shape[0] < LARGEST_ROWS and serves(g) and all(map(reaches, given))
 
 
 def serves_combination(g: Array, c: Array, base: Array | None) -> bool:
@@ -65,11 +65,11 @@ def serves_combination(g: Array, c: Array, base: Array | None) -> bool:
     """
     few = c.ndim == 1 or 0 < c.shape[1] <= MOST_COLUMNS
     # JAX's home is NumPy: the weights are copied.
-    here = is_jax_array(g) or (_reaches(c) and device(c) == device(g))
+    here = is_jax_array(g) or (reaches(c) and device(c) == device(g))
     return few and here and serves_product(g, base)
 
 
-def _reaches(x: Array) -> bool:
+def reaches(x: Array) -> bool:
     """Whether an array is on a CUDA device, of a dtype kernels know, and not empty."""
     known = _cupy.machine.holds(x) and dtype_name(x.dtype) in STORAGE
     return known and 0 not in x.shape
@@ -128,7 +128,7 @@ def _project(g: Array, x: Array, slot: int | None, norm2: Array | None) -> Array
         np.int32(-1 if slot is None else slot),
         _cupy.machine.borrow(partial if norm2 is None else norm2),
     )
-    return _sum(partial, None, 0.0, (m, *x.shape[1:]), "float64", g)
+    return sum_parts(partial, None, 0.0, (m, *x.shape[1:]), "float64", g)
 
 
 def _chunk(d: int) -> int:
@@ -179,7 +179,7 @@ def combine(g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any)
             np.int32(rows),
         )
         if not whole:
-            out = _sum(out, base, alpha, shape, name, g)
+            out = sum_parts(out, base, alpha, shape, name, g)
         return _cupy.machine.give_back(out, g)
 
 
@@ -189,7 +189,7 @@ def _slices(m: int, threads: int) -> int:
     return max(1, min(wanted, m // COMBINE_ROWS, LARGEST_GRID_Y))
 
 
-def _sum(
+def sum_parts(
     partial: Array, base: Array | None, alpha: float, shape: tuple[int, ...], name: str, g: Array
 ) -> Array:
     """alpha·base + the sum of the parts, (parts, n), as an array of this shape and dtype."""

@@ -130,12 +130,9 @@ def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
     return cuda.exchange(g, i, row, home)
 
 
-def write(g: Array, i: int, row: Array) -> Array:
-    """Set G[i] = row, in place where the library can, and return G."""
-    if is_numpy_array(g):
-        g[i] = row
-        return g
-    return _generic.write(g, i, row)
+def write(g: Array, i: int, row: Array, *, axis: int = 0) -> Array:
+    """Set what has index i along an axis, in place where the library can, and return G."""
+    return _generic.write(g, i, row, axis)
 
 
 def later(x: Array) -> Callable[[], Any]:

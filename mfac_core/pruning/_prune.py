@@ -1,8 +1,4 @@
-"""Pruning by the inverse Fisher matrix: what to remove, and how to change what is kept.
-
-To second order, changing the weights by δ raises the loss by ½ δᵀFδ. Removing the weights S sets
-δ_S = −w_S; the best change of the kept weights R is then δ_R = F_RR⁻¹ F_RS w_S, the *joint* update.
-"""
+"""Saliencies, updates, and the choice of weights in stages."""
 
 from __future__ import annotations
 
@@ -13,20 +9,15 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send, to_numpy
-from mfac_core._kept import KeptFisher, Mask, Vector
 from mfac_core._operator import SymmetricOperator
-from mfac_core._patterns import AdjacentUnits, remove_lowest, schedule, units_of
 from mfac_core._progress import track
 from mfac_core._rows import Rows
 from mfac_core._storage import rows_of
-
-__all__ = ["PrunedWeights", "obs_update", "prune", "saliency"]
-
-STEPS = (0.25, 0.5, 0.75, 1.0)
-"""Parts of a joint update that are tried on the real loss."""
-
-RIDGES = (10.0, 100.0)
-"""Multiples of the damping under which the joint update is tried on the real loss as well."""
+from mfac_core.pruning import _trust
+from mfac_core.pruning._budgets import weights_to_stay
+from mfac_core.pruning._kept import Mask, Vector
+from mfac_core.pruning._model import QuadraticModel
+from mfac_core.pruning._patterns import groups_of, schedule
 
 
 class PrunedWeights(NamedTuple):
@@ -39,7 +30,8 @@ class PrunedWeights(NamedTuple):
     mask : array of bool, shape (d,)
         True where a weight is kept.
     loss_increase : float
-        ½ δᵀFδ of the whole change δ: the rise of the loss that the Fisher matrix predicts.
+        ½ δᵀFδ of the whole change δ, with a gradient g gᵀδ + ½ δᵀFδ: the rise of the loss that
+        the model predicts. With g it may be negative, down to −½ gᵀF⁻¹g where nothing is removed.
     """
 
     weights: Array
@@ -70,6 +62,12 @@ def saliency(weights: Array, inverse: SymmetricOperator) -> Array:
     TypeError, ValueError
         If ``weights`` does not fit the operator.
 
+    Notes
+    -----
+    For weights that are not at a minimum, where the mean gradient of the loss is g, pass
+    ``weights - inverse @ g``: removing weight i alone then raises the lowest value of the model
+    gᵀδ + ½ δᵀFδ by this much.
+
     Examples
     --------
     >>> import numpy as np
@@ -91,6 +89,7 @@ def obs_update(
     *,
     damping: float,
     block_size: int | Sequence[int] | None = None,
+    gradient: Array | None = None,
 ) -> Array:
     """Remove weights, and change the kept ones to the joint optimum of the quadratic model.
 
@@ -106,11 +105,15 @@ def obs_update(
         λ > 0.
     block_size : int or sequence of int, optional
         Use the diagonal blocks of F of these lengths; by default the whole of F.
+    gradient : array, shape (d,), optional
+        g, the mean gradient of the loss at ``weights``, where they are not at a minimum; for
+        rows that are gradients of the loss of one sample each, the mean of the rows.
 
     Returns
     -------
     array, shape (d,)
         w_R + G_Rᵀ A_R⁻¹ G_S w_S at the kept weights R, with A_R = mλI + G_R G_Rᵀ; zero elsewhere.
+        With a gradient, F_RR⁻¹g_R less.
 
     Raises
     ------
@@ -123,6 +126,10 @@ def obs_update(
     sums the updates of single weights instead, each of which takes the other removed weights to
     be still there.
 
+    The result is the minimum of gᵀδ + ½ δᵀFδ over the changes δ with δ_S = −w_S, where the
+    derivative by δ_R is zero: g_R + F_RR δ_R − F_RS w_S = 0. It is also the update without g of
+    u = w − F⁻¹g, Newton's step, since gᵀδ + ½ δᵀFδ = ½ (w + δ − u)ᵀF(w + δ − u) − ½ gᵀF⁻¹g.
+
     Examples
     --------
     >>> import numpy as np
@@ -131,11 +138,10 @@ def obs_update(
     >>> obs_update(np.array([1.0, 1.0]), gradients, mask, damping=1.0)
     array([1.5, 0. ])
     """
-    rows, w = _arguments(weights, gradients)
-    kept = _mask_argument(mask, len(w))
-    fisher = _fisher(rows, damping, block_size)
-    fisher.restrict(kept)
-    return send(fisher.joint(w), rows.like, weights.dtype)
+    rows = rows_of(gradients)
+    model = _model(rows, weights, gradient, damping, block_size)
+    model.restrict(_mask_argument(mask, rows.shape[1]))
+    return send(model.optimum(), rows.like, weights.dtype)
 
 
 def prune(
@@ -143,11 +149,12 @@ def prune(
     gradients: Any,
     *,
     sparsity: float | Sequence[float] | None = None,
-    pattern: str | int | None = None,
+    pattern: str | int | Array | None = None,
     mask: Array | None = None,
     layers: Sequence[int] | None = None,
     damping: float,
     block_size: int | Sequence[int] | None = None,
+    gradient: Array | None = None,
     stages: int = 16,
     update: str = "joint",
     loss: Callable[[Array], float] | None = None,
@@ -163,10 +170,14 @@ def prune(
         One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes.
     sparsity : float or sequence of float, optional
         Share of weights removed in the end, in [0, 1): over all weights, or one for each of
-        ``layers``. May be left out for an "N:M" pattern, which has its own.
-    pattern : str or int, optional
-        "N:M" keeps N of every M adjacent weights; an int k removes k adjacent weights together,
-        by their joint saliency ½ w_Qᵀ([F⁻¹]_QQ)⁻¹w_Q. By default single weights are removed.
+        ``layers``. May be left out for an "N:M" pattern, which has its own. Where whole groups
+        go, the nearest share that they allow.
+    pattern : str, int or array of int, shape (d,), optional
+        "N:M" keeps N of every M adjacent weights. An array of labels removes all weights of one
+        label together, such as a row or a filter, and never those with a negative label, such as
+        biases; an int k is short for labels of k adjacent weights each. Groups go by the least
+        joint saliency ½ w_Qᵀ([F⁻¹]_QQ)⁻¹w_Q, divided by their number of weights. By default
+        single weights are removed.
     mask : array of bool, shape (d,), optional
         True where a weight is kept so far; what is removed stays so.
     layers : sequence of int, optional
@@ -176,6 +187,9 @@ def prune(
     block_size : int or sequence of int, optional
         Use the diagonal blocks of F of these lengths; by default the whole of F. With far fewer
         rows than d the blocks, say of 64 to 128 weights, are usually the better model.
+    gradient : array, shape (d,), optional
+        g, the mean gradient of the loss at ``weights``, where they are not at a minimum. The
+        kept weights then take Newton's step as well, see :func:`obs_update`.
     stages : int, default 16
         Number of stages, by equal ratios of the weights kept; each chooses by the inverse Fisher
         of the weights that are left.
@@ -197,13 +211,15 @@ def prune(
     ------
     TypeError, ValueError
         If an argument is not of its form, d not divisible by the pattern, or the sparsity below
-        what the mask already has.
+        what the mask already has or above what the pattern allows.
 
     Notes
     -----
     A stage that starts from r kept weights costs about 2·r·m² multiplications, for the masked
-    Gram and the diagonal, and a few passes over G. The joint update is always that of the given
-    weights for the mask of the stage: stages differ from one shot in the choice of weights alone.
+    Gram and the diagonal, and a few passes over G; a group of k weights costs the lesser of k²·m
+    and m³ more, and nothing larger than m × m or m × k is formed for it. The joint update is
+    always that of the given weights for the mask of the stage: stages differ from one shot in the
+    choice of weights alone.
 
     Examples
     --------
@@ -215,109 +231,63 @@ def prune(
     >>> pruned.mask.reshape(2, 4).sum(axis=1)
     array([2, 2])
     """
-    rows, w = _arguments(weights, gradients)
     if update not in ("joint", "independent"):
         msg = f"update must be 'joint' or 'independent', got {update!r}"
         raise ValueError(msg)
     stages = check.integer(stages, "stages", minimum=1)
-    units = units_of(pattern, len(w))
-    kept = np.ones(len(w), dtype=np.bool_) if mask is None else _mask_argument(mask, len(w))
-    if sparsity is None and isinstance(units, AdjacentUnits):
-        sparsity = 1.0 - units.n / units.m
-    bounds, budgets = _budgets(sparsity, layers, len(w))
-    owner = np.searchsorted(bounds, units.members[:, 0], side="right") - 1
-    stays = []
-    for layer, budget in enumerate(budgets):
-        size = int((owner == layer).sum())
-        now = int(units.kept(kept)[owner == layer].sum())
-        stay = size - round(budget * size)
-        if stay > now:
-            msg = (
-                f"sparsity {budget} must not be below what mask already has, "
-                f"{1 - now / size:.4f}; raise it or leave the mask out"
-            )
-            raise ValueError(msg)
-        stays.append(schedule(now, stay, stages))
-    fisher = _fisher(rows, damping, block_size)
+    rows = rows_of(gradients)
+    d = rows.shape[1]
+    groups = groups_of(pattern, d)
+    kept = np.ones(d, dtype=np.bool_) if mask is None else _mask_argument(mask, d)
+    plan = [
+        (layer, schedule(int(kept[layer].sum()), stay, stages))
+        for layer, stay in weights_to_stay(sparsity, layers, groups, kept)
+    ]
+    model = _model(rows, weights, gradient, damping, block_size)
 
-    current = np.where(kept, w, 0.0)
-    fisher.restrict(kept)
-    if not kept.all() and update == "joint":
-        current = fisher.joint(w)
+    model.restrict(kept)
+    current = model.optimum() if update == "joint" else model.newton(model.alone())
     for stage in track(range(stages), "pruning") if progress else range(stages):
-        smaller, saliencies = kept, units.saliencies(current, fisher)
-        for layer, counts in enumerate(stays):
-            smaller = remove_lowest(units, saliencies, smaller, owner == layer, counts[stage])
+        saliencies = groups.saliencies(current, kept, model.fisher)
+        for layer, stays in plan:
+            kept = groups.remove(saliencies, kept, layer, stays[stage])
+        if update == "independent":
+            current = model.without(current, kept)
+        model.restrict(kept)
         if update == "joint":
-            fisher.restrict(smaller)
-            current = fisher.joint(w)
-        else:
-            current = _independent(current, kept, smaller, fisher)
-            fisher.restrict(smaller)
-        kept = smaller
+            current = model.optimum()
+
+    def beside(x: Vector) -> Array:
+        return send(x, rows.like, weights.dtype)
 
     if loss is not None:
-        current = _best(w, current, kept, rows, fisher, damping, block_size, loss, weights)
-    increase = 0.5 * fisher.quadratic(current - w)
+        current = _trust.lowest(model, current, lambda x: loss(beside(x)))
     xp = array_namespace(weights)
-    return PrunedWeights(
-        send(current, rows.like, weights.dtype), send(kept, rows.like, xp.bool), increase
-    )
+    return PrunedWeights(beside(current), send(kept, rows.like, xp.bool), model.change(current))
 
 
-def _independent(weights: Vector, kept: Mask, smaller: Mask, fisher: KeptFisher) -> Vector:
-    """Return w − Σ_s (w_s/[F⁻¹]_ss) F⁻¹e_s, with the removed weights set to zero."""
-    diagonal = np.where(kept, fisher.diagonal(), 1.0)
-    removed = kept & ~smaller
-    update = fisher.apply(np.where(removed, weights / diagonal, 0.0))
-    return np.where(smaller, weights - update, 0.0)
-
-
-def _best(
-    w: Vector,
-    current: Vector,
-    kept: Mask,
+def _model(
     rows: Rows,
-    fisher: KeptFisher,
+    weights: Array,
+    gradient: Array | None,
     damping: float,
     block_size: int | Sequence[int] | None,
-    loss: Callable[[Array], float],
-    weights: Array,
-) -> Vector:
-    """Return the candidate of lowest loss."""
-    alone = np.where(kept, w, 0.0)
-    candidates = [alone]
-    for ridge in (1.0, *RIDGES):
-        target = current
-        if ridge != 1.0:
-            stronger = _fisher(rows, ridge * damping, block_size)
-            stronger.restrict(kept)
-            target = stronger.joint(w)
-        candidates += [alone + step * (target - alone) for step in STEPS]
-    everything = np.ones_like(kept)
-    fisher.restrict(everything)
-    candidates.append(_independent(w, everything, kept, fisher))
-    fisher.restrict(kept)
-    losses = [float(loss(send(candidate, rows.like, weights.dtype))) for candidate in candidates]
-    finite = [value if np.isfinite(value) else np.inf for value in losses]
-    return candidates[int(np.argmin(finite))]
-
-
-def _fisher(rows: Rows, damping: float, block_size: int | Sequence[int] | None) -> KeptFisher:
+) -> QuadraticModel:
+    w = _vector_argument(weights, "weights", rows)
+    g = None if gradient is None else _vector_argument(gradient, "gradient", rows)
     damping = check.damping(damping)
-    sizes = None if block_size is None else check.block_sizes(block_size, rows.shape[1])
-    return KeptFisher(rows, damping, sizes)
+    sizes = None if block_size is None else check.block_sizes(block_size, len(w))
+    return QuadraticModel(rows, w, g, damping, sizes)
 
 
-def _arguments(weights: Array, gradients: Any) -> tuple[Rows, Vector]:
-    rows = rows_of(gradients)
-    weights = check.vector_argument(weights, "weights", rows.shape[1])
-    check.beside(weights, "weights", rows.like)
-    w = to_numpy(weights).astype(np.float64)
-    if not np.isfinite(w).all():
-        msg = f"weights must be finite, got {int((~np.isfinite(w)).sum())} NaN or infinities"
+def _vector_argument(x: Array, name: str, rows: Rows) -> Vector:
+    x = check.vector_argument(x, name, rows.shape[1])
+    check.beside(x, name, rows.like)
+    wide = to_numpy(x).astype(np.float64)
+    if not np.isfinite(wide).all():
+        msg = f"{name} must be finite, got {int((~np.isfinite(wide)).sum())} NaN or infinities"
         raise ValueError(msg)
-    return rows, w
+    return wide
 
 
 def _mask_argument(mask: Any, d: int) -> Mask:
@@ -329,28 +299,3 @@ def _mask_argument(mask: Any, d: int) -> Mask:
         )
         raise ValueError(msg)
     return np.array(kept)
-
-
-def _budgets(
-    sparsity: Any, layers: Sequence[int] | None, d: int
-) -> tuple[np.ndarray[Any, Any], list[float]]:
-    """Return where layers start, and the sparsity of each."""
-    if sparsity is None:
-        msg = "sparsity must be given, unless pattern is 'N:M'"
-        raise ValueError(msg)
-    single = not isinstance(sparsity, Sequence) and getattr(sparsity, "ndim", 0) == 0
-    values = [sparsity] if single else list(sparsity)
-    for value in values:
-        if not 0.0 <= check.finite_number(value, "sparsity") < 1.0:
-            msg = f"sparsity must be in [0, 1), got {value!r}"
-            raise ValueError(msg)
-    lengths = [d] if layers is None else [check.integer(n, "layers", minimum=1) for n in layers]
-    if sum(lengths) != d:
-        msg = f"layers must sum to the number of weights {d}, got {sum(lengths)}"
-        raise ValueError(msg)
-    if single:
-        return np.array([0]), [float(values[0])]
-    if len(values) != len(lengths):
-        msg = f"sparsity must be one number or one for each of {len(lengths)} layers"
-        raise ValueError(msg)
-    return np.cumsum([0, *lengths[:-1]]), [float(value) for value in values]

@@ -15,9 +15,11 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from mfac_core._arrays import send, to_numpy
+from mfac_core._dual import Dual
 from mfac_core._primal import fisher_blocks
 from mfac_core._rows import Rows
 from mfac_core._selected import SelectedRows
+from mfac_core.pruning._groups import BATCH_BYTES, Labels, by_size, half_squares
 from mfac_core.static import InverseFisher
 
 Vector: TypeAlias = np.ndarray[Any, Any]
@@ -25,9 +27,6 @@ Vector: TypeAlias = np.ndarray[Any, Any]
 
 Mask: TypeAlias = np.ndarray[Any, Any]
 """NumPy, bool: True where a weight is kept."""
-
-BATCH_BYTES = 1 << 24
-"""Size of the small float64 matrices that are worked on at a time."""
 
 
 class Stretch(Protocol):
@@ -39,8 +38,8 @@ class Stretch(Protocol):
     def diagonal(self) -> Vector:
         """Return diag F_RR⁻¹; infinite at removed weights."""
 
-    def squares(self, groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return [F_RR⁻¹]_QQ, (groups, k, k), for groups Q of k weights; zero at removed ones."""
+    def rises(self, weights: Vector, labels: Labels, count: int) -> Vector:
+        """Return ½ w_Qᵀ([F_RR⁻¹]_QQ)⁻¹w_Q for each of ``count`` groups Q of kept weights."""
 
     def apply(self, x: Vector) -> Vector:
         """Return F_RR⁻¹x_R."""
@@ -58,9 +57,13 @@ class FullStretch:
     def __init__(self, rows: Rows, damping: float) -> None:
         self._rows = rows
         self._damping = damping
+        self._indices = np.arange(0)
+        self._inverse: InverseFisher
 
     def restrict(self, kept: Mask) -> None:
         """See :class:`Stretch`."""
+        if len(self._indices):  # products that had to be exact once would have to be again
+            self._rows.exact = self._inverse._rows.exact
         self._indices = np.flatnonzero(kept)
         self._kept = kept
         if len(self._indices):
@@ -74,20 +77,51 @@ class FullStretch:
             diagonal[self._indices] = to_numpy(self._inverse._diagonal())
         return diagonal
 
-    def squares(self, groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """See :class:`Stretch`."""
-        count, k = groups.shape
-        result = np.empty((count, k, k))
+    def rises(self, weights: Vector, labels: Labels, count: int) -> Vector:
+        """See :class:`Stretch`.
+
+        r·m² multiplications for r weights in groups, and the lesser of k²·m and m³ a group of k.
+        """
+        rises = np.zeros(count)
+        if not len(self._indices):
+            return rises
+        if self._inverse._rows.rounding:  # what follows subtracts from one
+            self._inverse._recompute_gram()
+        m = self._rows.shape[0]
+        for groups, members in by_size(labels, m):
+            if 2 * members.shape[1] > m:
+                rises[groups] = [self._rise_of_many(weights, group) for group in members]
+            else:
+                rises[groups] = self._rises_of_few(weights, members)
+        return rises
+
+    def _rises_of_few(self, weights: Vector, members: Labels) -> Vector:
+        """Return the rises of groups of k weights from [F_RR⁻¹]_QQ = (I − W_QᵀW_Q)/λ, W = L⁻¹G."""
+        k = members.shape[1]
+        columns = self._rows.take(members.ravel())
+        whitened = to_numpy(self._inverse._dual.whiten(columns, self._rows.home))
+        split = whitened.reshape(len(whitened), -1, k).transpose(1, 2, 0)
+        squares = (np.eye(k) - split @ split.transpose(0, 2, 1)) / self._damping
+        values = weights[members]
+        sums = np.sum(to_numpy(columns).reshape(len(whitened), -1, k) * values, axis=2)
+        sharp = np.sum(sums * sums, axis=0) / len(whitened)
+        flat = self._damping * np.sum(values * values, axis=1)
+        return half_squares(squares, values, flat / 2.0, (flat + sharp) / 2.0)
+
+    def _rise_of_many(self, weights: Vector, members: Labels) -> float:
+        """Return ½ λ(‖w_Q‖² + zᵀB⁻¹z), z = G_Q w_Q, with B = A_R − G_Q G_Qᵀ that of the rest."""
         home, dual = self._rows.home, self._inverse._dual
-        batch = max(BATCH_BYTES // (8 * k * self._rows.shape[0]), 1)
-        for first in range(0, count, batch):
-            some = groups[first : first + batch]
-            whitened = to_numpy(dual.whiten(self._rows.take(some.ravel()), home))
-            split = whitened.reshape(len(whitened), -1, k).transpose(1, 2, 0)
-            inner = split @ split.transpose(0, 2, 1)
-            result[first : first + batch] = (np.eye(k) - inner) / self._damping
-        both = self._kept[groups][:, :, None] & self._kept[groups][:, None, :]
-        return np.where(both, result, 0.0)
+        first, last = int(members[0]), int(members[-1]) + 1
+        group = SelectedRows(self._rows.stretch(first, last), members - first)
+        gram, z, values = dual.gram, home.zeros(len(dual)), weights[members]
+        done = 0
+        for _, columns in group.wide_blocks():
+            block = home.receive(columns)
+            gram = gram - block @ block.T
+            z = z + block @ home.receive(values[done : done + block.shape[1]])
+            done += block.shape[1]
+        rest = Dual(gram, dual.shift, home)
+        return self._damping / 2.0 * (float(values @ values) + float(z @ rest.solve(z)))
 
     def apply(self, x: Vector) -> Vector:
         """See :class:`Stretch`."""
@@ -118,6 +152,7 @@ class BlockStretch:
     """Diagonal blocks of B parameters, shorter than the rows are many: d·B numbers of float64."""
 
     def __init__(self, rows: Rows, start: int, size: int, blocks: int, damping: float) -> None:
+        self._damping = damping
         self._fisher = np.empty((blocks, size, size))
         for batch, fisher in fisher_blocks(rows, start, size, blocks, damping):
             self._fisher[batch] = to_numpy(fisher)
@@ -140,13 +175,22 @@ class BlockStretch:
         diagonal = np.diagonal(self._inverse, axis1=1, axis2=2)
         return np.where(self._kept, diagonal, np.inf).ravel()
 
-    def squares(self, groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """See :class:`Stretch`."""
+    def rises(self, weights: Vector, labels: Labels, count: int) -> Vector:
+        """See :class:`Stretch`; a group is as many independent groups as it has weights in blocks.
+
+        O(k³) for each of these, of k weights.
+        """
         size = self._fisher.shape[1]
-        block, position = groups // size, groups % size
-        same = block[:, :, None] == block[:, None, :]
-        elements = self._inverse[block[:, :, None], position[:, :, None], position[:, None, :]]
-        return np.where(same, elements, 0.0)
+        block = np.arange(len(labels)) // size
+        rises = np.zeros(count)
+        for pieces, members in by_size(np.where(labels < 0, -1, block * count + labels), size):
+            at, position, values = members[:, :1] // size, members % size, weights[members]
+            where = at[:, :, None], position[:, :, None], position[:, None, :]
+            flat = self._damping * np.sum(values * values, axis=1)
+            fisher = np.einsum("gi,gij,gj->g", values, self._fisher[where], values)
+            own = half_squares(self._inverse[where], values, flat / 2.0, fisher / 2.0)
+            np.add.at(rises, pieces % count, own)
+        return rises
 
     def apply(self, x: Vector) -> Vector:
         """See :class:`Stretch`."""
@@ -187,6 +231,7 @@ class KeptFisher:
 
     def restrict(self, kept: Mask) -> None:
         """See :class:`Stretch`."""
+        self._kept = kept
         for stretch, part in self._parts(kept):
             stretch.restrict(part)
 
@@ -194,23 +239,15 @@ class KeptFisher:
         """See :class:`Stretch`."""
         return np.concatenate([stretch.diagonal() for stretch in self._stretches])
 
-    def squares(self, groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """See :class:`Stretch`; a group may lie across stretches, which are independent."""
-        count, k = groups.shape
-        if len(self._stretches) == 1:
-            return self._stretches[0].squares(groups)
-        result = np.zeros((count, k, k))
-        owner = np.searchsorted(self._bounds, groups, side="right") - 1
-        for i in np.unique(owner):
-            whole = np.flatnonzero((owner == i).all(axis=1))
-            if len(whole):
-                local = groups[whole] - self._bounds[i]
-                result[whole] = self._stretches[i].squares(local)
-            for g in np.flatnonzero((owner == i).any(axis=1) & ~(owner == i).all(axis=1)):
-                here = np.flatnonzero(owner[g] == i)
-                local = (groups[g, here] - self._bounds[i])[None]
-                result[g][np.ix_(here, here)] = self._stretches[i].squares(local)[0]
-        return result
+    def rises(self, weights: Vector, labels: Labels, count: int) -> Vector:
+        """See :class:`Stretch`; stretches are independent, and their rises add up."""
+        total = np.zeros(count)
+        labels = np.where(self._kept, labels, -1)
+        for (stretch, part), (_, own) in zip(
+            self._parts(weights), self._parts(labels), strict=True
+        ):
+            total += stretch.rises(part, own, count)
+        return total
 
     def apply(self, x: Vector) -> Vector:
         """See :class:`Stretch`."""

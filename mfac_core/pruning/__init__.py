@@ -1,0 +1,12 @@
+"""Pruning by the inverse Fisher matrix: what to remove, and how to change what is kept.
+
+To second order, changing the weights by δ raises the loss by ½ δᵀFδ. Removing the weights S sets
+δ_S = −w_S; the best change of the kept weights R is then δ_R = F_RR⁻¹ F_RS w_S, the *joint* update.
+"""
+
+from mfac_core.pruning._prune import PrunedWeights as PrunedWeights
+from mfac_core.pruning._prune import obs_update as obs_update
+from mfac_core.pruning._prune import prune as prune
+from mfac_core.pruning._prune import saliency as saliency
+
+__all__ = ["PrunedWeights", "obs_update", "prune", "saliency"]

@@ -1,0 +1,188 @@
+"""Weights that are removed together, by label, against dense constrained optima."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_blocked import cuts
+from test_pruning import blocks_of, constrained_optimum, increase
+from test_static import problems
+from test_storage import File
+
+from mfac_core._storage import rows_of
+from mfac_core.pruning import prune
+from mfac_core.pruning._groups import half_squares
+from mfac_core.pruning._kept import KeptFisher
+from mfac_core.testing import dense_fisher, error_bound
+
+
+def rises(fisher, w, labels):
+    """½ δᵀFδ of removing each label's weights, at the best of the others."""
+    masks = [labels != label for label in range(labels.max() + 1)]
+    return np.array([increase(fisher, w, constrained_optimum(fisher, w, mask)) for mask in masks])
+
+
+@pytest.fixture
+def problem(rng):
+    return rng.standard_normal(24), rng.standard_normal((10, 24))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@settings(max_examples=25)
+@given(problem=problems(max_params=24), data=st.data())
+def test_group_saliencies_are_those_of_the_dense_inverse(backend, problem, data):
+    """Also where groups are larger than the rows are many, and lie across blocks."""
+    gradients, damping = problem
+    g = backend.asarray(gradients, backend.dtypes()[-1])
+    d = g.shape[1]
+    block_size, lengths = data.draw(st.one_of(st.just((None, [d])), cuts(d)))
+    count = data.draw(st.integers(1, 4))
+    labels = np.array(data.draw(st.lists(st.integers(-1, count - 1), min_size=d, max_size=d)))
+    kept = np.array(data.draw(st.lists(st.booleans(), min_size=d, max_size=d)))
+    w = np.where(kept, np.linspace(-1.0, 2.0, d), 0.0)
+    fisher = KeptFisher(rows_of(g), damping, None if block_size is None else lengths)
+    fisher.restrict(kept)
+    actual = fisher.rises(w, labels, count)
+    dense = blocks_of(dense_fisher(g, damping=damping), lengths)
+    for label in range(count):
+        own = np.flatnonzero(kept & (labels == label))
+        inverse = np.linalg.inv(dense[np.ix_(kept, kept)])
+        at = np.searchsorted(np.flatnonzero(kept), own)
+        expected = 0.5 * w[own] @ np.linalg.solve(inverse[np.ix_(at, at)], w[own])
+        # In float64, whatever the gradients: the inverse is inverted once more.
+        condition = error_bound(g, damping=damping, dtype=np.float64)
+        assert actual[label] == pytest.approx(expected, rel=min(condition, 1.0), abs=1e-300)
+
+
+LABELS = np.array([0, 1, 2, 3] * 3 + [4] * 8 + [-1] * 4)
+
+
+@pytest.mark.parametrize("block_size", [None, 9])
+def test_the_group_of_the_least_rise_a_weight_goes_first(problem, block_size):
+    w, g = problem
+    lengths = [24] if block_size is None else [9, 9, 6]
+    fisher = blocks_of(dense_fisher(g, damping=0.1), lengths)
+    expected = rises(fisher, w, LABELS)
+    sizes = np.bincount(LABELS[LABELS >= 0])
+    first = int(np.argmin(expected / sizes))
+    pruned = prune(
+        w,
+        g,
+        sparsity=sizes[first] / 24,
+        pattern=LABELS,
+        damping=0.1,
+        stages=1,
+        block_size=block_size,
+    )
+    assert (pruned.mask == (first != LABELS)).all()
+    assert pruned.loss_increase == pytest.approx(expected[first], rel=1e-6)
+
+
+@pytest.mark.parametrize("stages", [1, 4])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+def test_whole_groups_go_and_negative_labels_stay(problem, stages, sparsity):
+    w, g = problem
+    pruned = prune(w, g, sparsity=sparsity, pattern=LABELS, damping=0.1, stages=stages)
+    assert pruned.mask[LABELS < 0].all()
+    for label in range(5):
+        assert len(set(pruned.mask[label == LABELS])) == 1
+    assert abs((~pruned.mask).sum() - 24 * sparsity) <= 8 / 2
+    expected = constrained_optimum(dense_fisher(g, damping=0.1), w, pruned.mask)
+    assert relative_error(pruned.weights, expected) <= 1e-9
+
+
+def test_the_sparsity_is_the_nearest_that_groups_allow():
+    """Five groups of two, four and so on, of rising saliency a weight, apart from each other."""
+    labels = np.repeat(np.arange(5), [2, 4, 6, 8, 4])
+    w, g = 1.0 + labels, np.zeros((1, 24))
+    for removed, expected in [(1, 0), (2, 2), (3, 2), (4, 2), (5, 6), (9, 6), (10, 12), (23, 24)]:
+        pruned = prune(w, g, sparsity=removed / 24, pattern=labels, damping=1.0, stages=1)
+        assert (~pruned.mask).sum() == expected
+
+
+def test_a_mask_of_whole_groups_may_be_ahead_by_a_part_of_one(problem):
+    w, g = problem
+    mask = prune(w, g, sparsity=0.3, pattern=8, damping=0.1).mask
+    assert (~mask).sum() == 8
+    assert (prune(w, g, sparsity=0.3, pattern=8, mask=mask, damping=0.1).mask == mask).all()
+    with pytest.raises(ValueError, match="below what mask already has"):
+        prune(w, g, sparsity=0.0, pattern=8, mask=mask, damping=0.1)
+
+
+def test_labels_are_any_integers_of_any_library(problem):
+    w, g = problem
+    expected = prune(w, g, sparsity=0.5, pattern=4, damping=0.1)
+    labels = 1000 - 7 * (np.arange(24) // 4)
+    for pattern in (labels, labels.tolist(), labels.astype(np.int16), torch.asarray(labels)):
+        pruned = prune(w, g, sparsity=0.5, pattern=pattern, damping=0.1)
+        assert (pruned.mask == expected.mask).all()
+
+
+def test_single_weights_with_some_that_stay(problem):
+    w, g = problem
+    labels = np.where(np.arange(24) % 4 == 3, -1, np.arange(24))
+    pruned = prune(w, g, sparsity=0.7, pattern=labels, damping=0.1)
+    assert pruned.mask[labels < 0].all()
+    assert (~pruned.mask).sum() == round(0.7 * 24)
+
+
+def test_groups_of_a_file(problem):
+    w, g = problem
+    expected = prune(w, g, sparsity=0.5, pattern=LABELS, damping=0.1)
+    for gradients in (File(g), [g[:, :7], g[:, 7:]]):
+        pruned = prune(w, gradients, sparsity=0.5, pattern=LABELS, damping=0.1)
+        assert (pruned.mask == expected.mask).all()
+        assert relative_error(pruned.weights, expected.weights) <= 1e-10
+
+
+def test_groups_by_layer(problem):
+    w, g = problem
+    labels = np.arange(24) // 3
+    pruned = prune(
+        w, g, sparsity=[0.5, 1 / 3], layers=[6, 18], pattern=labels, damping=0.1, stages=3
+    )
+    assert pruned.mask[:6].sum() == 3
+    assert pruned.mask[6:].sum() == 12
+
+
+def test_groups_whose_inverse_is_singular_to_rounding(rng):
+    g, w = np.repeat(1e8 * rng.standard_normal((6, 8)), 2, axis=1), np.ones(16)
+    pruned = prune(w, g, sparsity=0.5, pattern=2, damping=1e-8, stages=2)
+    assert np.isfinite(pruned.weights).all()
+    assert pruned.mask.sum() == 8
+    singular = np.array([[[1.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 4.0]]])
+    x, bounds = np.ones((2, 2)), (np.full(2, 0.1), np.full(2, 9.0))
+    assert half_squares(singular, x, *bounds) == pytest.approx([0.5, 0.375])
+
+
+def test_n_of_m_is_exact_beside_a_mask_of_another_form(problem):
+    w, g = problem
+    mask = np.arange(24) >= 12
+    pruned = prune(w, g, pattern="2:4", mask=mask, damping=0.1)
+    assert list(pruned.mask.reshape(6, 4).sum(axis=1)) == [0, 0, 0, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pattern": np.zeros(23, int)}, r"labels of shape \(24,\), got dtype int64 and shape"),
+        ({"pattern": np.zeros(24)}, r"integer labels of shape \(24,\), got dtype float64"),
+        ({"pattern": np.zeros((24, 1), int)}, r"got dtype int64 and shape \(24, 1\)"),
+        ({"pattern": LABELS, "sparsity": 0.9}, r"0.9 cannot be reached.* at most 0.8333 of the 24"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "0.6 cannot be reached.* at most 0.5000"),
+        (
+            {"pattern": LABELS, "layers": [10, 14], "sparsity": [0.5, 0.5]},
+            "a group across layers .* weight 10 is of a group",
+        ),
+        (
+            {"pattern": "2:4", "layers": [10, 14], "sparsity": [0.5, 0.5]},
+            "a group across layers .* weight 10 is of a group",
+        ),
+    ],
+)
+def test_what_is_refused(problem, options, words):
+    w, g = problem
+    with pytest.raises(ValueError, match=words):
+        prune(w, g, **({"sparsity": 0.5, "damping": 0.1} | options))

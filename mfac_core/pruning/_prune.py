@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, send, to_numpy
+from mfac_core._arrays import Array, array_namespace, send
 from mfac_core._operator import SymmetricOperator
 from mfac_core._progress import track
 from mfac_core._rows import Rows
 from mfac_core._storage import rows_of
 from mfac_core.pruning import _trust
+from mfac_core.pruning._arguments import mask_argument, vector_argument
 from mfac_core.pruning._budgets import weights_to_stay
-from mfac_core.pruning._kept import Mask, Vector
+from mfac_core.pruning._kept import Vector
 from mfac_core.pruning._model import QuadraticModel
 from mfac_core.pruning._patterns import groups_of, schedule
 
@@ -140,7 +141,7 @@ def obs_update(
     """
     rows = rows_of(gradients)
     model = _model(rows, weights, gradient, damping, block_size)
-    model.restrict(_mask_argument(mask, rows.shape[1]))
+    model.restrict(mask_argument(mask, rows.shape[1]))
     return send(model.optimum(), rows.like, weights.dtype)
 
 
@@ -238,7 +239,7 @@ def prune(
     rows = rows_of(gradients)
     d = rows.shape[1]
     groups = groups_of(pattern, d)
-    kept = np.ones(d, dtype=np.bool_) if mask is None else _mask_argument(mask, d)
+    kept = np.ones(d, dtype=np.bool_) if mask is None else mask_argument(mask, d)
     plan = [
         (layer, schedule(int(kept[layer].sum()), stay, stages))
         for layer, stay in weights_to_stay(sparsity, layers, groups, kept)
@@ -273,29 +274,8 @@ def _model(
     damping: float,
     block_size: int | Sequence[int] | None,
 ) -> QuadraticModel:
-    w = _vector_argument(weights, "weights", rows)
-    g = None if gradient is None else _vector_argument(gradient, "gradient", rows)
+    w = vector_argument(weights, "weights", rows)
+    g = None if gradient is None else vector_argument(gradient, "gradient", rows)
     damping = check.damping(damping)
     sizes = None if block_size is None else check.block_sizes(block_size, len(w))
     return QuadraticModel(rows, w, g, damping, sizes)
-
-
-def _vector_argument(x: Array, name: str, rows: Rows) -> Vector:
-    x = check.vector_argument(x, name, rows.shape[1])
-    check.beside(x, name, rows.like)
-    wide = to_numpy(x).astype(np.float64)
-    if not np.isfinite(wide).all():
-        msg = f"{name} must be finite, got {int((~np.isfinite(wide)).sum())} NaN or infinities"
-        raise ValueError(msg)
-    return wide
-
-
-def _mask_argument(mask: Any, d: int) -> Mask:
-    kept = np.asarray(mask) if isinstance(mask, (list, tuple)) else to_numpy(mask)
-    if kept.dtype != np.bool_ or kept.shape != (d,):
-        msg = (
-            f"mask must be boolean of shape ({d},), True where a weight is kept, "
-            f"got dtype {kept.dtype} and shape {kept.shape}"
-        )
-        raise ValueError(msg)
-    return np.array(kept)

@@ -150,10 +150,10 @@ class InverseFisher(DampedInverse):
         return operator
 
     @classmethod
-    def _of_rows(cls, rows: Rows, damping: float) -> Self:
+    def _of_rows(cls, rows: Rows, damping: float, gram: Array | None = None) -> Self:
         operator = cls.__new__(cls)
         operator._damping = damping
-        operator._start(rows, None)
+        operator._start(rows, gram)
         return operator
 
     def _start(self, rows: Rows, gram: Array | None) -> None:

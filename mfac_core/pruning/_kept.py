@@ -29,6 +29,10 @@ Mask: TypeAlias = np.ndarray[Any, Any]
 """NumPy, bool: True where a weight is kept."""
 
 
+LEAST_LEFT = 1 / 16
+"""Part of a gradient's square norm that must be left of it for its Gram to be used on."""
+
+
 class Stretch(Protocol):
     """What a stretch of parameters is asked."""
 
@@ -59,16 +63,39 @@ class FullStretch:
         self._damping = damping
         self._indices = np.arange(0)
         self._inverse: InverseFisher
+        self._norms: Any = None
 
     def restrict(self, kept: Mask) -> None:
         """See :class:`Stretch`."""
-        if len(self._indices):  # products that had to be exact once would have to be again
-            self._rows.exact = self._inverse._rows.exact
+        gram = self._smaller_gram(kept) if len(self._indices) else None
         self._indices = np.flatnonzero(kept)
         self._kept = kept
         if len(self._indices):
             selected = SelectedRows(self._rows, self._indices)
-            self._inverse = InverseFisher._of_rows(selected, self._damping)
+            self._inverse = InverseFisher._of_rows(selected, self._damping, gram)
+            if gram is None:
+                self._norms = self._square_norms(self._inverse._dual.gram)
+
+    def _smaller_gram(self, kept: Mask) -> Any:
+        """Return the Gram of fewer weights from that of more, or None where that does not do.
+
+        The rounding errors of a Gram stay in it when parts of it are taken off. They are small
+        beside what is left as long as no row has lost most of its length.
+        """
+        # Products that had to be exact once would have to be again.
+        self._rows.exact = self._inverse._rows.exact
+        removed = self._indices[~kept[self._indices]]
+        left = len(self._indices) - len(removed)
+        if self._rows.rounding or left != np.count_nonzero(kept) or len(removed) >= left:
+            return None
+        gram = self._inverse._dual.gram - SelectedRows(self._rows, removed).gram()
+        lost = self._square_norms(gram) < LEAST_LEFT * self._norms
+        return None if bool(self._rows.home.xp.any(lost)) else gram
+
+    def _square_norms(self, gram: Any) -> Any:
+        """Return a copy of the diagonal."""
+        xp = self._rows.home.xp
+        return xp.asarray(xp.linalg.diagonal(gram), copy=True)
 
     def diagonal(self) -> Vector:
         """See :class:`Stretch`."""

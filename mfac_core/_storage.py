@@ -162,8 +162,10 @@ class SlicedRows(Rows):
     def take(self, indices: np.ndarray[Any, Any]) -> Array:
         """See :meth:`Rows.take`."""
         result = np.empty((self.used, len(indices)))
-        for position, index in enumerate(indices):
-            result[:, position] = self._read(slice(int(index), int(index) + 1))[:, 0]
+        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)  # of runs read at once
+        for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True):
+            first = int(indices[start])
+            result[:, start:stop] = self._read(slice(first, first + int(stop - start)))
         return result
 
     def read(self, columns: slice) -> Array:

@@ -211,6 +211,19 @@ def test_with_a_loss_the_result_is_never_worse_than_simpler_ones(rng):
         assert loss(pruned.weights) <= min(others) * (1 + 1e-12)
 
 
+def test_with_a_loss_a_part_of_the_joint_update_may_win(problem):
+    w, g = problem
+    options = {"sparsity": 0.5, "damping": 0.1, "stages": 1}
+    joint = prune(w, g, **options)
+    alone = np.where(joint.mask, w, 0.0)
+    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
+        best = alone + part * (joint.weights - alone)
+        pruned = prune(w, g, loss=lambda x, best=best: np.sum((x - best) ** 2), **options)
+        assert pruned.weights == pytest.approx(best, rel=1e-12, abs=1e-12)
+        fisher = dense_fisher(g, damping=0.1)
+        assert pruned.loss_increase == pytest.approx(increase(fisher, w, best), rel=1e-6)
+
+
 @pytest.mark.parametrize("block_size", [None, 10])
 def test_gradients_from_parts_and_files(problem, block_size):
     from test_storage import File

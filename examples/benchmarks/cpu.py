@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         *window_step(rng, 1024 // scale, 20_000 // scale, repeats),
         *sparse_step(rng, 256 // scale, 1_000_000 // scale, repeats),
         *pruning_stages(rng, 1024 // scale, 20_000 // scale, 16),
+        *pruning_stages(rng, 512 // scale, 20_000 // scale, 16),
     ]
     print("| what | against | measured |\n| --- | --- | --- |")
     for row in rows:

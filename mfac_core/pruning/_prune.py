@@ -186,8 +186,9 @@ def prune(
     damping : float
         λ > 0.
     block_size : int or sequence of int, optional
-        Use the diagonal blocks of F of these lengths; by default the whole of F. With far fewer
-        rows than d the blocks, say of 64 to 128 weights, are usually the better model.
+        Use the diagonal blocks of F of these lengths; by default the whole of F, which is the
+        better model where it can be told from noise. As a rule take blocks, of about 128, where
+        there are more than about a thousand weights for each row.
     gradient : array, shape (d,), optional
         g, the mean gradient of the loss at ``weights``, where they are not at a minimum. The
         kept weights then take Newton's step as well, see :func:`obs_update`.
@@ -216,11 +217,14 @@ def prune(
 
     Notes
     -----
-    A stage that starts from r kept weights costs about 2·r·m² multiplications, for the masked
-    Gram and the diagonal, and a few passes over G; a group of k weights costs the lesser of k²·m
-    and m³ more, and nothing larger than m × m or m × k is formed for it. The joint update is
-    always that of the given weights for the mask of the stage: stages differ from one shot in the
-    choice of weights alone.
+    A stage that leaves r weights costs r·m² multiplications for the diagonal, m³/3 for a
+    Cholesky factor, up to r·m² for the masked Gram, and a few passes over G. In float64 the Gram
+    comes from that of the stage before by taking off what was removed, where this is less: p·m²
+    for p weights. A group of k weights costs the lesser of k²·m and m³ more. In blocks of B
+    weights a stage costs r·B², and the blocks d·B·m once.
+
+    The joint update is always that of the given weights for the mask of the stage: stages differ
+    from one shot in the choice of weights alone.
 
     Examples
     --------

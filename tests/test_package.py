@@ -11,7 +11,7 @@ import mfac_core
 def test_importing_it_imports_no_framework():
     code = (
         "import sys, mfac_core; "
-        "print({'torch', 'jax', 'cupy', 'matplotlib', 'sklearn'} & set(sys.modules))"
+        "print({'torch', 'jax', 'optax', 'cupy', 'matplotlib', 'sklearn'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

@@ -1,0 +1,375 @@
+"""The sliding window as pure functions, for ``jax.jit`` and everything built on it.
+
+A window is a :class:`State` of arrays. :func:`init` makes an empty one, :func:`append`,
+:func:`matvec` and :func:`append_matvec` take one and return another::
+
+    step = jax.jit(functional.append_matvec, donate_argnums=0)
+    state, y = step(state, g)
+
+Donated, the window is written in place. :class:`mfac_core.SlidingInverseFisher` is the same
+window as an object, for every array library; this module needs JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mfac_core import _validate as check
+from mfac_core._arrays import Array, home_of, is_traced
+from mfac_core._dual import LARGEST_LIFTS, Dual
+
+__all__ = ["State", "append", "append_matvec", "init", "matvec"]
+
+SUMMED_COLUMNS = 256
+"""Products summed in the working precision; the sums of so many are added without rounding."""
+
+LARGEST_CANCELLATION = 1024.0
+"""Terms of Gᵀc relative to their sum above which they are added without rounding, too."""
+
+
+class State(NamedTuple):
+    """A window of gradients, m of length d at most.
+
+    A plain pytree: it can be donated, carried through ``lax.scan``, and saved as arrays. To change
+    the damping, ``state._replace(damping=...)``.
+
+    Attributes
+    ----------
+    gradients : array, shape (m, d)
+        G. The i-th oldest gradient is row (oldest + i) mod m; rows not yet used are zero.
+    gram : array, shape (2, m, m)
+        GGᵀ as the unevaluated sum of two matrices, about twice as precise as their dtype: float32,
+        or float64 for float64 gradients.
+    count : array, shape ()
+        Gradients held, int32.
+    oldest : array, shape ()
+        Row of the oldest gradient, int32.
+    damping : array, shape ()
+        λ > 0, in JAX's default float dtype.
+    """
+
+    gradients: Array
+    gram: Array
+    count: Array
+    oldest: Array
+    damping: Array
+
+
+def init(num_params: int, window_size: int, *, damping: Any, dtype: Any = "float32") -> State:
+    """Return an empty window.
+
+    Parameters
+    ----------
+    num_params : int
+        d, the length of a gradient.
+    window_size : int
+        m, the most gradients held.
+    damping : float
+        λ > 0. A traced value is taken as it comes.
+    dtype : dtype, default "float32"
+        Of the gradients held. float64 needs JAX's x64 mode; a 16-bit one halves the memory between
+        steps, but XLA may widen the whole window within them.
+
+    Returns
+    -------
+    State
+        m·d numbers of ``dtype`` and O(m²) others.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its form.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from mfac_core import functional
+    >>> state = functional.init(2, 2, damping=0.5)
+    >>> state = functional.append(state, jnp.array([1.0, 0.0]))
+    >>> state = functional.append(state, jnp.array([0.0, 2.0]))
+    >>> functional.matvec(state, jnp.array([1.0, 5.0]))
+    Array([1., 2.], dtype=float32)
+    """
+    d = check.integer(num_params, "num_params", minimum=1)
+    m = check.integer(window_size, "window_size", minimum=1)
+    if not is_traced(damping):
+        check.positive_number(damping, "damping")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        msg = f"dtype must be real floating point, got {jnp.dtype(dtype)}"
+        raise TypeError(msg)
+    gradients = jnp.zeros((m, d), dtype)
+    return State(
+        gradients,
+        gram=jnp.zeros((2, m, m), _working_dtype(gradients)),
+        count=jnp.zeros((), jnp.int32),
+        oldest=jnp.zeros((), jnp.int32),
+        damping=jnp.asarray(damping, jnp.result_type(float)),
+    )
+
+
+def append(state: State, g: Array) -> State:
+    """Return the window with a gradient added; a full one drops its oldest.
+
+    Parameters
+    ----------
+    state : State
+        A window.
+    g : array, shape (d,)
+        A gradient. Where it holds a NaN or an infinity, or its squared norm overflows the dtype of
+        the Gram, nothing changes.
+
+    Returns
+    -------
+    State
+        The window afterwards.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``g`` is not a real floating array of shape (d,).
+
+    Notes
+    -----
+    One pass over the window, for the new row of the Gram.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from mfac_core import functional
+    >>> state = functional.init(2, 4, damping=0.5)
+    >>> state = functional.append(state, jnp.array([1.0, 2.0]))
+    >>> state = functional.append(state, jnp.array([jnp.nan, 2.0]))
+    >>> int(state.count)
+    1
+    """
+    return _append(state, _vector(state, g, "g"))[0]
+
+
+def append_matvec(state: State, g: Array) -> tuple[State, Array]:
+    """Return the window with a gradient added, and F⁻¹g = n Gᵀ A⁻¹ eⱼ, with j the row of g.
+
+    Parameters
+    ----------
+    state : State
+        A window.
+    g : array, shape (d,)
+        See :func:`append`.
+
+    Returns
+    -------
+    state : State
+        The window afterwards.
+    y : array, shape (d,)
+        F⁻¹g with g in the window, in the dtype of ``g``; NaN where ``g`` was not taken.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See :func:`append`.
+
+    See Also
+    --------
+    mfac_core.optax.scale_by_mfac : This step as an optax transformation.
+
+    Notes
+    -----
+    Two passes over the window and a Cholesky factorisation: O(dm + m³). One pass less than
+    :func:`append` and :func:`matvec`, and more accurate, since nothing is subtracted.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from mfac_core import functional
+    >>> step = jax.jit(functional.append_matvec, donate_argnums=0)
+    >>> state = functional.init(2, 2, damping=0.5)
+    >>> state, y = step(state, jnp.array([0.0, 2.0]))
+    >>> y
+    Array([0. , 0.44444445], dtype=float32)
+    """
+    return _append_matvec(state, _vector(state, g, "g"))  # type: ignore[no-any-return]
+
+
+def matvec(state: State, x: Array) -> Array:
+    """Return F⁻¹x = (x − Gᵀ A⁻¹ G x)/λ, with F = λI + GᵀG/n and A = nλI + GGᵀ.
+
+    Parameters
+    ----------
+    state : State
+        A window; n is the number of gradients it holds. An empty one has F = λI.
+    x : array, shape (d,)
+        A vector. For several, ``jax.vmap(matvec, (None, 0))``.
+
+    Returns
+    -------
+    array, shape (d,)
+        In the common dtype of ``x`` and the gradients.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``x`` is not a real floating array of shape (d,).
+
+    Notes
+    -----
+    Two passes over the window and a Cholesky factorisation: O(dm + m³). The subtraction may cancel;
+    for the newest gradient :func:`append_matvec` has none.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from mfac_core import functional
+    >>> functional.matvec(functional.init(2, 4, damping=0.5), jnp.array([1.0, 2.0]))
+    Array([2., 4.], dtype=float32)
+    """
+    return _matvec(state, _vector(state, x, "x"))
+
+
+# Compiled here too, for those who call them one by one.
+
+
+@jax.jit
+def _append_matvec(state: State, g: Array) -> tuple[State, Array]:
+    state, row, taken = _append(state, g)
+    unit = jnp.zeros_like(state.gram[:, 0]).at[0, row].set(_divisor(state))
+    y = _combine(state, _solve(state, unit))
+    return state, jnp.where(taken, y, jnp.nan).astype(g.dtype)
+
+
+@jax.jit
+def _matvec(state: State, x: Array) -> Array:
+    dtype = jnp.promote_types(state.gradients.dtype, x.dtype)
+    wide = x.astype(state.gram.dtype)
+    back = _combine(state, _solve(state, _project(state.gradients, wide)))
+    return ((wide - back) / state.damping.astype(wide.dtype)).astype(dtype)
+
+
+@jax.jit
+def _append(state: State, g: Array) -> tuple[State, Array, Array]:
+    """Return the new window, the row ``g`` was meant for, and whether it was taken."""
+    m = state.gradients.shape[0]
+    work = state.gram.dtype
+    new = g.astype(state.gradients.dtype)
+    taken = jnp.isfinite(jnp.sum(jnp.square(new.astype(work))))
+    row = (state.oldest + state.count) % m
+    new = jnp.where(taken, new, state.gradients[row])
+    gradients = lax.dynamic_update_index_in_dim(state.gradients, new, row, 0)
+    products = jnp.where(taken, _project(gradients, new.astype(work)), state.gram[:, row])
+    full = state.count == m
+    state = State(
+        gradients,
+        gram=state.gram.at[:, row].set(products).at[:, :, row].set(products),
+        count=jnp.where(taken & ~full, state.count + 1, state.count),
+        oldest=jnp.where(taken & full, (state.oldest + 1) % m, state.oldest),
+        damping=state.damping,
+    )
+    return state, row, taken
+
+
+def _vector(state: State, x: Any, name: str) -> Array:
+    return jnp.asarray(check.vector_argument(x, name, state.gradients.shape[1]))
+
+
+def _working_dtype(gradients: Array) -> Any:
+    return jnp.promote_types(gradients.dtype, jnp.float32)
+
+
+def _divisor(state: State) -> Array:
+    """n, the number of gradients held, in the working precision."""
+    return jnp.maximum(state.count, 1).astype(state.gram.dtype)
+
+
+# -- passes over the window ----------------------------------------------------------------
+
+
+def _project(gradients: Array, x: Array) -> Array:
+    """G x as the unevaluated sum of two vectors, shape (2, m), for x of the working dtype."""
+    products = gradients.astype(x.dtype) * x
+    zero = np.zeros((), x.dtype)
+    # A sliding reduction is the one that XLA fuses with the products for any d.
+    size, padding = (1, SUMMED_COLUMNS), ((0, 0), (0, -x.shape[0] % SUMMED_COLUMNS))
+    sums = lax.reduce_window(products, zero, lax.add, size, size, padding)
+    return jnp.stack(lax.reduce((sums, jnp.zeros_like(sums)), (zero, zero), _add_pairs, (1,)))
+
+
+def _add_pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Add two unevaluated sums (high, low), the high parts by Knuth's exact addition."""
+    total = a[0] + b[0]
+    part = total - a[0]
+    error = (a[0] - (total - part)) + (b[0] - part)
+    return total, a[1] + b[1] + error
+
+
+def _combine(state: State, c: Array) -> Array:
+    """Gᵀc in the working dtype, for c an unevaluated sum, shape (2, m)."""
+    high, low = c
+    y = jnp.sum(high[:, None] * state.gradients.astype(c.dtype), axis=0)
+    terms = jnp.sum(jnp.square(high) * jnp.diagonal(state.gram[0]))
+    cancels = terms > LARGEST_CANCELLATION**2 * jnp.sum(jnp.square(y))
+    return lax.cond(cancels, lambda: _combine_exactly(state.gradients, high, low), lambda: y)
+
+
+def _combine_exactly(gradients: Array, high: Array, low: Array) -> Array:
+    """Gᵀ(high + low), its terms to twice the working precision."""
+    gradients = gradients.astype(high.dtype)
+    # Numbers of half the digits have exact products; all else is smaller by those digits.
+    coarse, coarse_gradients = _half_precision(high), _half_precision(gradients)
+    fine = (high - coarse) + low
+    leading = coarse[:, None] * coarse_gradients
+    rest = coarse[:, None] * (gradients - coarse_gradients) + fine[:, None] * gradients
+    zero = np.zeros((), high.dtype)
+    return sum(lax.reduce((leading, rest), (zero, zero), _add_pairs, (0,)))
+
+
+def _half_precision(x: Array) -> Array:
+    """Round to half the digits."""
+    info = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, info.nexp, (info.nmant - 1) // 2)
+
+
+# -- the m-sized system, in float64 ----------------------------------------------------------
+
+
+def _solve(state: State, b: Array) -> Array:
+    """A⁻¹b, for b and the result unevaluated sums, shape (2, m).
+
+    JAX has float64 only in its x64 mode; without it the host solves, in a callback.
+    """
+    shift = _divisor(state).astype(state.damping.dtype) * state.damping
+    if jax.config.jax_enable_x64:
+        return _solve_here(state.gram, shift, b)
+    out = jax.ShapeDtypeStruct(b.shape, b.dtype)
+    return jax.pure_callback(_solve_on_host, out, state.gram, shift, b, vmap_method="sequential")
+
+
+def _solve_here(gram: Array, shift: Array, b: Array) -> Array:
+    a = jnp.sum(gram.astype(jnp.float64), axis=0)
+    identity = jnp.eye(len(a), dtype=jnp.float64)
+
+    def factor(lift: Array) -> Array:
+        return jnp.linalg.cholesky(a + (shift + lift) * identity)
+
+    # A shift below the rounding of the Gram may leave A indefinite, as in Dual.factor.
+    lifts = len(a) * 2.0**-52 * jnp.max(jnp.diagonal(a)) * 8.0 ** jnp.arange(LARGEST_LIFTS)
+    _, lower = lax.while_loop(
+        lambda tried: (tried[0] < LARGEST_LIFTS) & jnp.isnan(tried[1][-1, -1]),
+        lambda tried: (tried[0] + 1, factor(lifts[tried[0]])),
+        (0, factor(jnp.zeros(()))),
+    )
+    y = jax.scipy.linalg.cho_solve((lower, True), jnp.sum(b.astype(jnp.float64), axis=0))
+    high = y.astype(b.dtype)
+    return jnp.stack([high, (y - high).astype(b.dtype)])
+
+
+def _solve_on_host(gram: Any, shift: Any, b: Any) -> np.ndarray[Any, Any]:
+    gram, b = (np.asarray(parts, dtype=np.float64).sum(axis=0) for parts in (gram, b))
+    if not np.isfinite(shift):
+        return np.full((2, len(b)), np.nan, np.float32)
+    y = Dual(gram, float(shift), home_of(gram)).solve(b)
+    high = y.astype(np.float32)
+    return np.stack([high, (y - high).astype(np.float32)])

@@ -1,0 +1,144 @@
+"""M-FAC as optax transformations; needs optax.
+
+optax's own parts compose with it: schedules, ``optax.chain``, ``inject_hyperparams``,
+``MultiSteps``, ``apply_if_finite``, ``masked``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from mfac_core import _validate as check
+from mfac_core import functional
+from mfac_core._arrays import Array, is_traced
+
+__all__ = ["mfac", "scale_by_mfac"]
+
+
+def scale_by_mfac(
+    window_size: int, damping: Any, *, dtype: Any = "float32"
+) -> optax.GradientTransformation:
+    """Multiply the gradient by the inverse of F = λI + (1/n) Σ gᵢgᵢᵀ over a window of gradients.
+
+    Parameters
+    ----------
+    window_size : int
+        m, the most gradients held.
+    damping : float
+        λ > 0. Outside the span of the window the update is g/λ, so the learning rate goes with it.
+    dtype : dtype, default "float32"
+        Of the window; see :func:`mfac_core.functional.init`.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        Takes gradients of the parameters' structure, in any mixture of real floating dtypes, to
+        F⁻¹g, with g itself in the window. Its state is a :class:`mfac_core.functional.State`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the damping is not a positive number; by ``init``, if another argument is not of its
+        form; by ``update``, if the gradients are not real floating.
+
+    See Also
+    --------
+    mfac : With a learning rate, momentum and weight decay.
+
+    Notes
+    -----
+    Each update reads the window twice, takes O(dm + m³) and is
+    :func:`mfac_core.functional.append_matvec`: from a gradient that is not finite it makes NaN,
+    and the window stays as it was. Donate the state to have the window written in place.
+
+    It is the dynamic algorithm of Frantar, Kurtic and Alistarh (NeurIPS 2021, arXiv 2107.03356).
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from mfac_core.optax import scale_by_mfac
+    >>> transformation = scale_by_mfac(window_size=4, damping=0.5)
+    >>> state = transformation.init({"w": jnp.zeros(2)})
+    >>> updates, state = transformation.update({"w": jnp.array([0.0, 2.0])}, state)
+    >>> updates["w"]
+    Array([0. , 0.44444445], dtype=float32)
+    """
+    if not is_traced(damping):
+        check.positive_number(damping, "damping")
+
+    def init(params: optax.Params) -> functional.State:
+        num_params = ravel_pytree(params)[0].size
+        return functional.init(num_params, window_size, damping=damping, dtype=dtype)
+
+    def update(
+        updates: optax.Updates, state: functional.State, params: optax.Params | None = None
+    ) -> tuple[Array, functional.State]:
+        del params
+        g, unravel = ravel_pytree(updates)
+        # Not the one of init: hyperparameters may change from step to step.
+        state = state._replace(damping=jnp.asarray(damping, state.damping.dtype))
+        state, y = functional.append_matvec(state, g)
+        return unravel(y), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def mfac(
+    learning_rate: optax.ScalarOrSchedule,
+    window_size: int,
+    damping: Any,
+    momentum: Any = None,
+    weight_decay: Any = None,
+    *,
+    dtype: Any = "float32",
+) -> optax.GradientTransformation:
+    """M-FAC: the parameters move by −lr · (v + decay · w), with v = momentum · v + F⁻¹g.
+
+    Parameters
+    ----------
+    learning_rate : float or schedule
+        The factor lr, or a function from the step's number to it.
+    window_size : int
+        See :func:`scale_by_mfac`.
+    damping : float
+        See :func:`scale_by_mfac`.
+    momentum : float, optional
+        Decay rate of the sum of past steps, as in ``optax.sgd``; none by default.
+    weight_decay : float, optional
+        Decoupled decay, times lr; none by default. With it, ``update`` needs the parameters.
+    dtype : dtype, default "float32"
+        Of the window; see :func:`mfac_core.functional.init`.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        A chain of :func:`scale_by_mfac` and optax's ``trace``, ``add_decayed_weights`` and
+        ``scale_by_learning_rate``. Chain them yourself for another order.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See :func:`scale_by_mfac`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from mfac_core.optax import mfac
+    >>> optimiser = mfac(learning_rate=0.1, window_size=4, damping=0.5, momentum=0.9)
+    >>> w = jnp.zeros(2)
+    >>> state = optimiser.init(w)
+    >>> updates, state = optimiser.update(jnp.array([0.0, 2.0]), state)
+    >>> optax.apply_updates(w, updates)
+    Array([ 0.        , -0.04444445], dtype=float32)
+    """
+    parts = [scale_by_mfac(window_size, damping, dtype=dtype)]
+    if momentum is not None:
+        parts.append(optax.trace(momentum))
+    if weight_decay is not None:
+        parts.append(optax.add_decayed_weights(weight_decay))
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))

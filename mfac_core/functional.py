@@ -16,20 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from mfac_core import _pairs
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, home_of, is_traced
-from mfac_core._dual import LARGEST_LIFTS, Dual
+from mfac_core._arrays import Array, is_traced
 
 __all__ = ["State", "append", "append_matvec", "init", "matvec"]
-
-SUMMED_COLUMNS = 256
-"""Products summed in the working precision; the sums of so many are added without rounding."""
-
-LARGEST_CANCELLATION = 1024.0
-"""Terms of Gᵀc relative to their sum above which they are added without rounding, too."""
 
 
 class State(NamedTuple):
@@ -147,7 +140,7 @@ def append(state: State, g: Array) -> State:
     >>> int(state.count)
     1
     """
-    return _append(state, _vector(state, g, "g"))[0]
+    return _append(state, _vector(state, g, "g"))[0]  # type: ignore[no-any-return]
 
 
 def append_matvec(state: State, g: Array) -> tuple[State, Array]:
@@ -233,23 +226,24 @@ def matvec(state: State, x: Array) -> Array:
 # Compiled here too, for those who call them one by one.
 
 
-@jax.jit
+@jax.jit  # type: ignore[untyped-decorator]
 def _append_matvec(state: State, g: Array) -> tuple[State, Array]:
     state, row, taken = _append(state, g)
     unit = jnp.zeros_like(state.gram[:, 0]).at[0, row].set(_divisor(state))
-    y = _combine(state, _solve(state, unit))
+    y = _pairs.combine(state.gradients, state.gram, _solve(state, unit))
     return state, jnp.where(taken, y, jnp.nan).astype(g.dtype)
 
 
-@jax.jit
+@jax.jit  # type: ignore[untyped-decorator]
 def _matvec(state: State, x: Array) -> Array:
     dtype = jnp.promote_types(state.gradients.dtype, x.dtype)
     wide = x.astype(state.gram.dtype)
-    back = _combine(state, _solve(state, _project(state.gradients, wide)))
+    c = _solve(state, _pairs.project(state.gradients, wide))
+    back = _pairs.combine(state.gradients, state.gram, c)
     return ((wide - back) / state.damping.astype(wide.dtype)).astype(dtype)
 
 
-@jax.jit
+@jax.jit  # type: ignore[untyped-decorator]
 def _append(state: State, g: Array) -> tuple[State, Array, Array]:
     """Return the new window, the row ``g`` was meant for, and whether it was taken."""
     m = state.gradients.shape[0]
@@ -259,7 +253,8 @@ def _append(state: State, g: Array) -> tuple[State, Array, Array]:
     row = (state.oldest + state.count) % m
     new = jnp.where(taken, new, state.gradients[row])
     gradients = lax.dynamic_update_index_in_dim(state.gradients, new, row, 0)
-    products = jnp.where(taken, _project(gradients, new.astype(work)), state.gram[:, row])
+    products = _pairs.project(gradients, new.astype(work))
+    products = jnp.where(taken, products, state.gram[:, row])
     full = state.count == m
     state = State(
         gradients,
@@ -284,92 +279,7 @@ def _divisor(state: State) -> Array:
     return jnp.maximum(state.count, 1).astype(state.gram.dtype)
 
 
-# -- passes over the window ----------------------------------------------------------------
-
-
-def _project(gradients: Array, x: Array) -> Array:
-    """G x as the unevaluated sum of two vectors, shape (2, m), for x of the working dtype."""
-    products = gradients.astype(x.dtype) * x
-    zero = np.zeros((), x.dtype)
-    # A sliding reduction is the one that XLA fuses with the products for any d.
-    size, padding = (1, SUMMED_COLUMNS), ((0, 0), (0, -x.shape[0] % SUMMED_COLUMNS))
-    sums = lax.reduce_window(products, zero, lax.add, size, size, padding)
-    return jnp.stack(lax.reduce((sums, jnp.zeros_like(sums)), (zero, zero), _add_pairs, (1,)))
-
-
-def _add_pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Add two unevaluated sums (high, low), the high parts by Knuth's exact addition."""
-    total = a[0] + b[0]
-    part = total - a[0]
-    error = (a[0] - (total - part)) + (b[0] - part)
-    return total, a[1] + b[1] + error
-
-
-def _combine(state: State, c: Array) -> Array:
-    """Gᵀc in the working dtype, for c an unevaluated sum, shape (2, m)."""
-    high, low = c
-    y = jnp.sum(high[:, None] * state.gradients.astype(c.dtype), axis=0)
-    terms = jnp.sum(jnp.square(high) * jnp.diagonal(state.gram[0]))
-    cancels = terms > LARGEST_CANCELLATION**2 * jnp.sum(jnp.square(y))
-    return lax.cond(cancels, lambda: _combine_exactly(state.gradients, high, low), lambda: y)
-
-
-def _combine_exactly(gradients: Array, high: Array, low: Array) -> Array:
-    """Gᵀ(high + low), its terms to twice the working precision."""
-    gradients = gradients.astype(high.dtype)
-    # Numbers of half the digits have exact products; all else is smaller by those digits.
-    coarse, coarse_gradients = _half_precision(high), _half_precision(gradients)
-    fine = (high - coarse) + low
-    leading = coarse[:, None] * coarse_gradients
-    rest = coarse[:, None] * (gradients - coarse_gradients) + fine[:, None] * gradients
-    zero = np.zeros((), high.dtype)
-    return sum(lax.reduce((leading, rest), (zero, zero), _add_pairs, (0,)))
-
-
-def _half_precision(x: Array) -> Array:
-    """Round to half the digits."""
-    info = jnp.finfo(x.dtype)
-    return lax.reduce_precision(x, info.nexp, (info.nmant - 1) // 2)
-
-
-# -- the m-sized system, in float64 ----------------------------------------------------------
-
-
 def _solve(state: State, b: Array) -> Array:
-    """A⁻¹b, for b and the result unevaluated sums, shape (2, m).
-
-    JAX has float64 only in its x64 mode; without it the host solves, in a callback.
-    """
-    shift = _divisor(state).astype(state.damping.dtype) * state.damping
-    if jax.config.jax_enable_x64:
-        return _solve_here(state.gram, shift, b)
-    out = jax.ShapeDtypeStruct(b.shape, b.dtype)
-    return jax.pure_callback(_solve_on_host, out, state.gram, shift, b, vmap_method="sequential")
-
-
-def _solve_here(gram: Array, shift: Array, b: Array) -> Array:
-    a = jnp.sum(gram.astype(jnp.float64), axis=0)
-    identity = jnp.eye(len(a), dtype=jnp.float64)
-
-    def factor(lift: Array) -> Array:
-        return jnp.linalg.cholesky(a + (shift + lift) * identity)
-
-    # A shift below the rounding of the Gram may leave A indefinite, as in Dual.factor.
-    lifts = len(a) * 2.0**-52 * jnp.max(jnp.diagonal(a)) * 8.0 ** jnp.arange(LARGEST_LIFTS)
-    _, lower = lax.while_loop(
-        lambda tried: (tried[0] < LARGEST_LIFTS) & jnp.isnan(tried[1][-1, -1]),
-        lambda tried: (tried[0] + 1, factor(lifts[tried[0]])),
-        (0, factor(jnp.zeros(()))),
-    )
-    y = jax.scipy.linalg.cho_solve((lower, True), jnp.sum(b.astype(jnp.float64), axis=0))
-    high = y.astype(b.dtype)
-    return jnp.stack([high, (y - high).astype(b.dtype)])
-
-
-def _solve_on_host(gram: Any, shift: Any, b: Any) -> np.ndarray[Any, Any]:
-    gram, b = (np.asarray(parts, dtype=np.float64).sum(axis=0) for parts in (gram, b))
-    if not np.isfinite(shift):
-        return np.full((2, len(b)), np.nan, np.float32)
-    y = Dual(gram, float(shift), home_of(gram)).solve(b)
-    high = y.astype(np.float32)
-    return np.stack([high, (y - high).astype(np.float32)])
+    """A⁻¹b, with A = nλI + GGᵀ."""
+    n = _divisor(state).astype(state.damping.dtype)
+    return _pairs.solve(state.gram, n * state.damping, b)

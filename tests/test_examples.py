@@ -35,8 +35,28 @@ def test_quickstart(tmp_path, capsys):
 
 def test_the_benchmark_against_the_machine(capsys):
     load("benchmarks/cpu.py").main(["--quick"])
+def test_training_with_optax(tmp_path, capsys):
+    load("train_optax.py").main(["--quick", "--output", str(tmp_path / "results" / "table.md")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| what | against | measured |"
+    assert [line.split(" | ")[0] for line in lines[2:5]] == [
+        "| SGD, momentum",
+        "| Adam",
+        "| M-FAC, momentum",
+    ]
+    assert (tmp_path / "results" / "table.md").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("cpu.py", "| what | against | measured |"),
+        ("functional.py", "| append_matvec | x64 | against two bare passes | memory / window |"),
+    ],
+)
+def test_benchmarks(name, header, capsys):
+    load(f"benchmarks/{name}").main(["--quick"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == header
     assert len(lines) > 5
 
 

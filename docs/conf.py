@@ -15,6 +15,7 @@ extensions = [
     "sphinx.ext.mathjax",
 ]
 exclude_patterns = ["_build", "results"]  # results are included by pages
+exclude_patterns = ["_build", "results"]  # results are included by the pages
 templates_path = ["_templates"]
 
 myst_enable_extensions = ["dollarmath"]
@@ -27,7 +28,7 @@ autodoc_typehints = "none"  # the docstrings give the types, in words
 numpydoc_show_class_members = False  # the class template lists them
 
 # Other projects' names, in See Also; the build reads no inventories from the network.
-nitpick_ignore_regex = [("py:.*", r"(cupy|jax|numpy|scipy|torch)\..*")]
+nitpick_ignore_regex = [("py:.*", r"(cupy|jax|numpy|optax|scipy|torch)\..*")]
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"mfac_core {release}"

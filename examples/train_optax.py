@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ from sklearn.model_selection import train_test_split
 
 from mfac_core.optax import mfac
 
+Array = jax.Array
+Weights = list[dict[str, Array]]
+Make = Callable[[Any], optax.GradientTransformation]
+
 BATCH, MOMENTUM, WINDOW, DAMPING = 64, 0.9, 64, 0.01
 WIDTHS = (64, 128, 32, 10)
-OPTIMISERS: dict[str, tuple[Callable[[Any], optax.GradientTransformation], tuple[float, ...]]] = {
+OPTIMISERS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "SGD, momentum": (lambda lr: optax.sgd(lr, MOMENTUM), (0.01, 0.03, 0.1, 0.3, 1.0)),
     "Adam": (optax.adam, (0.001, 0.003, 0.01, 0.03, 0.1)),
     "M-FAC, momentum": (
@@ -35,7 +40,7 @@ OPTIMISERS: dict[str, tuple[Callable[[Any], optax.GradientTransformation], tuple
 DOCS = Path(__file__).parents[1] / "docs" / "results" / "train_optax.md"
 
 
-def initial_weights(key: jax.Array) -> list[dict[str, jax.Array]]:
+def initial_weights(key: Array) -> Weights:
     """Draw the weights of each layer, of variance 2 / (number of inputs)."""
     layers = []
     for rows, columns in pairwise(WIDTHS):
@@ -45,40 +50,42 @@ def initial_weights(key: jax.Array) -> list[dict[str, jax.Array]]:
     return layers
 
 
-def logits(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+def logits(params: Weights, x: Array) -> Array:
     """Apply the network, with ReLU between its layers."""
     for layer in params[:-1]:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
     return x @ params[-1]["w"] + params[-1]["b"]
 
 
-def loss(params: list[dict[str, jax.Array]], x: jax.Array, y: jax.Array) -> jax.Array:
+def loss(params: Weights, x: Array, y: Array) -> Array:
     """Return the mean cross-entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
 
-def train(make: Callable[[Any], Any], rate: float, seed: int, steps: int) -> tuple[float, float]:
-    """Train by a rate that falls to zero; return the training loss and the test accuracy."""
+@partial(jax.jit, static_argnames="make")
+def run(make: Make, rate: float, params: Weights, x: Array, y: Array, batches: Array) -> Weights:
+    """Train through batches of indices, by a rate that falls to zero."""
+    optimiser = make(optax.linear_schedule(rate, 0.0, len(batches)))
+
+    def step(carry: Any, batch: Array) -> tuple[Any, None]:
+        params, state = carry
+        g = jax.grad(loss)(params, x[batch], y[batch])
+        updates, state = optimiser.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), batches)
+    return params
+
+
+def train(make: Make, rate: float, seed: int, steps: int) -> tuple[float, float]:
+    """Train from one start; return the training loss and the test accuracy."""
     x, y = load_digits(return_X_y=True)
     x, x_test, y, y_test = train_test_split(
         np.float32(x / 16), y, train_size=1200, stratify=y, random_state=seed
     )
     rng = np.random.default_rng(seed)
     batches = np.stack([rng.choice(len(y), BATCH, replace=False) for _ in range(steps)])
-    optimiser = make(optax.linear_schedule(rate, 0.0, steps))
-
-    @jax.jit
-    def run(params: Any, state: Any) -> Any:
-        def step(carry: Any, batch: jax.Array) -> Any:
-            params, state = carry
-            g = jax.grad(loss)(params, jnp.asarray(x)[batch], jnp.asarray(y)[batch])
-            updates, state = optimiser.update(g, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, state), batches)[0][0]
-
-    params = initial_weights(jax.random.key(seed))
-    params = run(params, optimiser.init(params))
+    params = run(make, rate, initial_weights(jax.random.key(seed)), x, y, batches)
     right = jnp.argmax(logits(params, x_test), axis=1) == y_test
     return float(loss(params, x, y)), float(jnp.mean(right))
 

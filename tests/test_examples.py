@@ -33,8 +33,6 @@ def test_quickstart(tmp_path, capsys):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_benchmark_against_the_machine(capsys):
-    load("benchmarks/cpu.py").main(["--quick"])
 def test_training_with_optax(tmp_path, capsys):
     load("train_optax.py").main(["--quick", "--output", str(tmp_path / "results" / "table.md")])
     lines = capsys.readouterr().out.splitlines()
@@ -53,7 +51,7 @@ def test_training_with_optax(tmp_path, capsys):
         ("functional.py", "| append_matvec | x64 | against two bare passes | memory / window |"),
     ],
 )
-def test_benchmarks(name, header, capsys):
+def test_benchmarks_that_print_a_table(name, header, capsys):
     load(f"benchmarks/{name}").main(["--quick"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == header

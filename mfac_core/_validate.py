@@ -26,6 +26,10 @@ LARGEST_DAMPING = 1e100
 """Damping, and its inverse, beyond which its powers may leave float64."""
 
 
+class NonFiniteError(ValueError):
+    """A gradient holds a NaN or an infinity; raised before anything has changed."""
+
+
 def array_argument(x: Any, name: str) -> Array:
     """Return ``x`` when it is a real floating array, without its subclass or autograd history."""
     if not is_array_api_obj(x):

@@ -12,6 +12,7 @@ import torch
 from conftest import numpy64, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_ranks import Ranks
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils import prune
 
@@ -294,6 +295,24 @@ def test_a_refused_state_changes_nothing():
         assert optimizer.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("damping", [None, 0.1])
+def test_a_sparse_window_preconditions_the_whole_gradient(rng, damping):
+    rows = rng.standard_normal((5, 30)).astype("float32")
+    (p,) = parameters_with([torch.zeros(30)])
+    optimizer = MFAC([p], 0.1, window_size=3, damping=damping, density=0.2)
+    for row in rows:
+        with torch.no_grad():
+            p.zero_()
+        p.grad = torch.from_numpy(row.copy())
+        optimizer.step()
+    kept = numpy64(optimizer.window.gradients)
+    assert (kept != 0.0).sum() == 3 * 6
+    expected = -dense_inverse(kept, damping=optimizer.window.damping) @ rows[-1]
+    if damping is None:
+        expected *= math.sqrt(30) / np.linalg.norm(expected)
+    assert relative_error(p, 0.1 * expected) <= 1e-5
+
+
 def test_bfloat16_parameters_step_in_float32(rng):
     g = torch.from_numpy(rng.standard_normal((2, 40))).to(torch.bfloat16)
     p = torch.nn.Parameter(torch.zeros(40, dtype=torch.bfloat16))
@@ -390,46 +409,29 @@ def test_copies_of_an_optimizer_before_its_first_step():
         assert copied.param_groups[0]["momentum"] == 0.9
 
 
-def test_ranks_that_hold_other_parameters(rng):
+@pytest.mark.filterwarnings("ignore:MFAC skipped")
+@pytest.mark.parametrize("damping", [None, 0.1])
+def test_ranks_that_hold_other_parameters(rng, damping):
     """Two ranks with a parameter each, and sums over both: as one optimiser with both."""
     rows = rng.standard_normal((4, 10)).astype("float32")
-    for damping in (None, 0.1):
-        both = parameters_with([torch.zeros(4), torch.zeros(6)])
-        optimizer = MFAC(both, 0.1, window_size=3, damping=damping)
+    rows[2, 7] = np.inf  # refused on one, so skipped on both
+    ranks = Ranks(2)
+
+    def run(columns, **options):
+        (*parameters,) = parameters_with([torch.zeros(c.stop - c.start) for c in columns])
+        optimizer = MFAC(parameters, 0.1, window_size=3, **options)
         for row in rows:
-            both[0].grad, both[1].grad = torch.from_numpy(row.copy()).split([4, 6])
+            for p, c in zip(parameters, columns, strict=True):
+                p.grad = torch.from_numpy(row[c].copy())
             optimizer.step()
-        for p, alone in zip(both, _two_ranks(rows, damping), strict=True):
-            assert relative_error(alone, numpy64(p)) <= 1e-6
+        assert optimizer.skipped_steps == 1
+        return parameters
 
-
-def _two_ranks(rows, damping):
-    import threading
-
-    barrier, shared = threading.Barrier(2), [None, None]
-
-    def rank(i, results):
-        def reduce(x):
-            barrier.wait(timeout=60)
-            shared[i] = x.copy()
-            barrier.wait(timeout=60)
-            return shared[0] + shared[1]
-
-        part = slice(0, 4) if i == 0 else slice(4, 10)
-        (p,) = parameters_with([torch.zeros(part.stop - part.start)])
-        optimizer = MFAC([p], 0.1, window_size=3, damping=damping, reduce=reduce)
-        for row in rows:
-            p.grad = torch.from_numpy(row[part].copy())
-            optimizer.step()
-        results[i] = p.detach()
-
-    results = [None, None]
-    threads = [threading.Thread(target=rank, args=(i, results)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    columns = [slice(0, 4), slice(4, 10)]
+    both = run(columns, damping=damping)
+    alone = ranks.run(lambda i: run([columns[i]], damping=damping, reduce=ranks.reduce))
+    for p, (q,) in zip(both, alone, strict=True):
+        assert relative_error(q, numpy64(p)) <= 1e-6
 
 
 # -- gradients of single samples ---------------------------------------------------------------

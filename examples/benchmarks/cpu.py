@@ -146,6 +146,29 @@ def pruning_stages(rng: np.random.Generator, m: int, d: int, stages: int) -> lis
     ours_s, grams_s = medians(ours, grams, repeats=3)
     what = f"pruning in {stages} stages, m {m}, d {d:,}"
     return [[what, "a masked float64 Gram a stage", f"{ours_s / grams_s:.2f} × the time"]]
+def optimizer_step(m: int, tensors: int, size: int, repeats: int) -> list[list[str]]:
+    """Time a step of the PyTorch optimiser against that of its window; nothing without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    from mfac_core.torch import MFAC
+
+    rows = []
+    for name, damping in (("MFAC.step", 1e-3), ("MFAC.step, scale-free", None)):
+        parameters = [torch.nn.Parameter(torch.zeros(size)) for _ in range(tensors)]
+        optimizer = MFAC(parameters, window_size=m, damping=damping, momentum=0.9)
+        for _ in range(m):
+            for p in parameters:
+                p.grad = torch.randn(size) / (size * tensors) ** 0.5
+            optimizer.step()
+        g = torch.cat([p.grad for p in parameters])
+        step, window = medians(
+            optimizer.step, lambda w=optimizer.window, g=g: w.append_matvec(g), repeats=repeats
+        )
+        what = f"{name}, m {m}, d {tensors * size:,}"
+        rows.append([what, "append_matvec of its window", f"{step / window:.2f} × the time"])
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         *window_step(rng, 1024 // scale, 20_000 // scale, repeats),
         *sparse_step(rng, 256 // scale, 1_000_000 // scale, repeats),
         *pruning_stages(rng, 512 // scale, 20_000 // scale, 16),
+        *optimizer_step(256 // scale, 60, 4_500 // scale, 2 * repeats),
     ]
     print("| what | against | measured |\n| --- | --- | --- |")
     for row in rows:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from training import Task, options, report
 
-STEPS, BATCH, LENGTH, WIDTH = 300, 16, 64, 48
+STEPS, BATCH, LENGTH, WIDTH = 300, 16, 32, 48
 
 
 def text() -> str:

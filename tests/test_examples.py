@@ -52,6 +52,32 @@ def test_training_with_optax(tmp_path, capsys):
     ],
 )
 def test_benchmarks_that_print_a_table(name, header, capsys):
+@pytest.mark.parametrize("name", ["digits", "fashion", "text"])
+def test_training(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    arguments = ["--quick", "--output", str(tmp_path)]
+    if name == "fashion":
+        write_images(tmp_path, np.random.default_rng(0))
+        arguments += ["--data", str(tmp_path)]
+    load(f"train_{name}.py").main(arguments)
+    header, _, *rows = (tmp_path / f"train-{name}-table.md").read_text().splitlines()
+    assert header.startswith("| optimiser | rate | training loss | test ")
+    assert len(rows) == 7
+    assert (tmp_path / f"train-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def write_images(folder, rng):
+    """Write noise in the form of Fashion-MNIST."""
+    for part, count in (("train", 200), ("t10k", 100)):
+        images = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(10, size=count, dtype=np.uint8)
+        for kind, data in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, data.ndim]) + np.array(data.shape, ">i4").tobytes()
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + data.tobytes())
+
+
+@pytest.mark.parametrize("name", ["cpu.py"])
+def test_benchmarks(name, capsys):
     load(f"benchmarks/{name}").main(["--quick"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == header

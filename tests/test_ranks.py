@@ -233,8 +233,9 @@ def test_mpi(size):
     assert f"refused by {size} of {size}" in printed
 
 
-def test_torch_gloo():
-    script = str(EXAMPLES / "torch_gloo.py")
+@pytest.mark.parametrize("name", ["torch_gloo.py", "torch_zero.py"])
+def test_torch(name):
+    script = str(EXAMPLES / name)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
     found = errors(run(*command))
     assert len(found) == 2

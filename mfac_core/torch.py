@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     5
     """
 
+    _buffer: Tensor | None = None
+    """Memory of the gathered gradient: new memory in each step would cost more than filling it."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -245,14 +248,6 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         """Return the dtype that the parameters promote to."""
         return functools.reduce(torch.promote_types, (p.dtype for p in self._parameters()))
 
-    def _slices(self) -> Iterator[tuple[dict[str, Any], Any, slice]]:
-        """Yield each parameter with its group and its part of a gradient."""
-        start = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                yield group, p, slice(start, start + p.numel())
-                start += p.numel()
-
     def _new_window(self) -> SlidingInverseFisher:
         """Make a window for the parameters as they are."""
         parameters = self._parameters()
@@ -277,18 +272,19 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     def _gradient(self, window: SlidingInverseFisher) -> Tensor:
         """Gather the gradients in one vector beside the window, in at least float32."""
         dtype = torch.promote_types(self._dtype(), torch.float32)
-        g = torch.empty(window.num_params, dtype=dtype, device=window.device)
-        for group, p, part in self._slices():
-            piece = g[part].view(p.shape)
-            if p.grad is None:
-                piece.zero_()
-                continue
-            if p.grad.layout is not torch.strided:
-                raise RuntimeError("MFAC does not support sparse gradients")
-            piece.copy_(p.grad)
-            if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                piece.add_(p.to(g.device), alpha=group["weight_decay"])
-        return g
+        pieces = []
+        for group in self.param_groups:
+            coupled = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+            for p in group["params"]:
+                g = torch.zeros_like(p) if p.grad is None else p.grad
+                if g.layout is not torch.strided:
+                    raise RuntimeError("MFAC does not support sparse gradients")
+                g = g.to(window.device, dtype)
+                if coupled and p.grad is not None:
+                    g = g.add(p.to(g.device), alpha=coupled)
+                pieces.append(g.reshape(-1))
+        self._buffer = torch.cat(pieces, out=self._buffer)
+        return self._buffer
 
     def _precondition(self, window: SlidingInverseFisher, g: Tensor) -> Tensor:
         """Put g into the window and return F⁻¹g."""
@@ -306,26 +302,34 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         length = torch.linalg.vector_norm(g)
         if self.reduce is not None:
             length = g.new_tensor(self.reduce(np.array([float(length) ** 2]))[0] ** 0.5)
-        direction = self._precondition(window, g / length.clamp_min(tiny))
-        for _, _, part in self._slices():
-            piece = direction[part]
-            count = torch.count_nonzero(piece).to(piece.dtype)
-            piece *= count.sqrt() / torch.linalg.vector_norm(piece).clamp_min(tiny)
+        direction = self._precondition(window, g.div_(length.clamp_min(tiny)))
+        pieces = direction.split([p.numel() for p in self._parameters()])
+        lengths = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces])
+        counts = torch.stack([torch.count_nonzero(piece) for piece in pieces]).to(g.dtype)
+        scales = counts.sqrt() / lengths.clamp_min(tiny)
+        for piece, scale in zip(pieces, scales.unbind(), strict=True):
+            piece *= scale
         return direction
 
     def _move(self, direction: Tensor) -> None:
         """Take a step along the direction, or along its running mean."""
-        for group, p, part in self._slices():
-            if p.grad is None:
-                continue
-            lr, momentum, step = float(group["lr"]), group["momentum"], direction[part]
-            if momentum:
+        start = 0
+        for group in self.param_groups:
+            sizes = [p.numel() for p in group["params"]]
+            part = slice(start, start + sum(sizes))
+            start, step = part.stop, direction[part]
+            if momentum := group["momentum"]:
                 if self._velocity is None:
                     self._velocity = torch.zeros_like(direction)
                 step = self._velocity[part].mul_(momentum).add_(step, alpha=1.0 - momentum)
-            if group["weight_decay"] and group["decoupled_weight_decay"]:
-                p.mul_(1.0 - lr * group["weight_decay"])
-            p.add_(step.view(p.shape).to(p.device), alpha=-lr)
+            lr = float(group["lr"])
+            decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+            for p, piece in zip(group["params"], step.split(sizes), strict=True):
+                if p.grad is None:
+                    continue
+                if decay:
+                    p.mul_(1.0 - lr * decay)
+                p.add_(piece.view(p.shape).to(p.device), alpha=-lr)
 
     # -- state -----------------------------------------------------------------------------
 
@@ -377,7 +381,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
             if velocity is not None:
                 velocity = velocity.to(device=window.device, copy=True)
         super().load_state_dict(state_dict)
-        self.window, self._velocity = window, velocity
+        self.window, self._velocity, self._buffer = window, velocity, None
         self.damping, self.skipped_steps = own["damping"], own["skipped_steps"]
 
     def __getstate__(self) -> dict[str, Any]:  # torch's own leaves out what is not its

@@ -205,7 +205,7 @@ def finite_norm(norm2: float, dtype: Any, *, late: bool = False) -> None:
     )
     if late:
         msg = f"the append_matvec before, with check_finite=False: {msg}, and repeat this call"
-    raise ValueError(msg)
+    raise NonFiniteError(msg)
 
 
 def indices(

@@ -423,28 +423,6 @@ class SlidingInverseFisher(DampedInverse):
         """Act on what a device found of the last step; whether the dual's inverse is given up."""
         unseen, self._unseen = self._unseen, None
         return unseen is not None and unseen.accept(self._rows, self._dual)
-    def _refuse_nonfinite(self, norm2: float, dtype: Any) -> None:
-        if not np.isfinite(norm2):
-            msg = (
-                f"g must be finite in the window's dtype {dtype}, with a squared norm within "
-                "float64, got a NaN, an infinity or an overflow; skip or scale this gradient"
-            )
-            raise check.NonFiniteError(msg)
-
-    def _accept(self) -> None:
-        """Refuse the gradient exchanged last where its norm, unseen till now, is not finite.
-
-        The device has then kept the old row, and only the order of the rows is to be put back.
-        """
-        if self._unseen is None:
-            return
-        norm2, slots = self._unseen
-        self._unseen = None
-        try:
-            self._refuse_nonfinite(norm2()[0], self.dtype)
-        except check.NonFiniteError:
-            self._slots = slots
-            raise
 
     @property
     def _allocated(self) -> bool:

@@ -16,6 +16,7 @@ from mfac_core._per_sample import per_sample_gradients as per_sample_gradients
 from mfac_core._rows import Reduce
 from mfac_core._validate import NonFiniteError
 from mfac_core.sliding import SlidingInverseFisher
+from mfac_core.sparse import SparseSlidingInverseFisher
 
 __all__ = ["MFAC", "per_sample_gradients"]
 
@@ -264,8 +265,6 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
             options |= {"damping": RIDGE / self.window_size, "normalization": "window"}
         if self.density is None:
             return SlidingInverseFisher(num_params, self.window_size, **options)
-        from mfac_core.sparse import SparseSlidingInverseFisher
-
         options["density"] = self.density
         return SparseSlidingInverseFisher(num_params, self.window_size, **options)
 

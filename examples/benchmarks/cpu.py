@@ -146,6 +146,8 @@ def pruning_stages(rng: np.random.Generator, m: int, d: int, stages: int) -> lis
     ours_s, grams_s = medians(ours, grams, repeats=3)
     what = f"pruning in {stages} stages, m {m}, d {d:,}"
     return [[what, "a masked float64 Gram a stage", f"{ours_s / grams_s:.2f} × the time"]]
+
+
 def optimizer_step(m: int, tensors: int, size: int, repeats: int) -> list[list[str]]:
     """Time a step of the PyTorch optimiser against that of its window; nothing without PyTorch."""
     try:

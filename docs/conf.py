@@ -1,5 +1,8 @@
 """Sphinx configuration; build with ``python -m sphinx -W -n docs docs/_build/html``."""
 
+import ast
+from pathlib import Path
+
 import mfac_core
 
 project = "mfac_core"
@@ -17,8 +20,24 @@ extensions = [
 exclude_patterns = ["_build", "results"]  # results are included by pages
 templates_path = ["_templates"]
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath", "substitution"]
 myst_heading_anchors = 3
+
+
+
+def list_scripts() -> str:
+    """Return a table of the scripts in examples, with the first lines of their docstrings."""
+    root = Path(__file__).parents[1]
+    rows = ["| script | what it does |", "| --- | --- |"]
+    for path in sorted(root.glob("examples/**/*.py"), key=lambda path: (path.parent, path)):
+        text = path.read_text(encoding="utf-8")
+        if 'if __name__ == "__main__":' in text:
+            summary = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+            rows.append(f"| `{path.relative_to(root).as_posix()}` | {summary} |")
+    return "\n".join(rows)
+
+
+myst_substitutions = {"scripts": list_scripts()}
 
 # The reference follows __all__: a public name cannot be forgotten, nor a removed one linger.
 autosummary_ignore_module_all = False

@@ -24,7 +24,6 @@ myst_enable_extensions = ["dollarmath", "substitution"]
 myst_heading_anchors = 3
 
 
-
 def list_scripts() -> str:
     """Return a table of the scripts in examples, with the first lines of their docstrings."""
     root = Path(__file__).parents[1]

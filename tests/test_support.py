@@ -1,0 +1,181 @@
+"""What works on which array library: the documentation's table, from the tests' own backends.
+
+Run ``python tests/test_support.py`` to write the table anew.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import scipy.linalg
+from conftest import BACKENDS, numpy64, relative_error
+
+import mfac_core as mfac
+from mfac_core import pruning
+from mfac_core.testing import assert_operator_close, dense_fisher, dense_inverse, error_bound
+
+TABLE = Path(__file__).parents[1] / "docs" / "results" / "support.md"
+LIBRARIES = {"numpy": "NumPy", "torch": "PyTorch", "jax": "JAX", "strict": "array-api-strict"}
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+DAMPING = 0.1
+ROWS = np.random.default_rng(0).standard_normal((6, 20))
+VECTOR = np.linspace(-1.0, 1.0, 20)
+KEPT = np.arange(20) % 2 == 0
+
+
+def asarray(backend, x, dtype):
+    """Make an array, of 16 bits too."""
+    if dtype in backend.dtypes():
+        return backend.asarray(x, dtype)
+    return backend.xp.asarray(backend.asarray(x), dtype=getattr(backend.xp, dtype))
+
+
+def dtypes_of(backend):
+    return [
+        dtype
+        for dtype in DTYPES
+        if dtype in backend.dtypes() or ("16" in dtype and hasattr(backend.xp, dtype))
+    ]
+
+
+def window_of(g, size):
+    """A window into which all gradients have gone, and the product that the last of them gave."""
+    window = mfac.SlidingInverseFisher(20, size, damping=DAMPING)
+    for i in range(len(ROWS)):
+        product = window.append_matvec(g[i, :])
+    return window, product
+
+
+def assert_close(actual, expected, g):
+    assert actual.dtype == g.dtype
+    assert relative_error(actual, expected) <= error_bound(g, damping=DAMPING)
+
+
+def forward(g, x, mask):
+    fisher = mfac.EmpiricalFisher(g, damping=DAMPING)
+    dense = dense_fisher(g, damping=DAMPING)
+    assert_operator_close(fisher, dense, rtol=error_bound(g, damping=DAMPING))
+
+
+def static(g, x, mask):
+    inverse = mfac.InverseFisher(g, damping=DAMPING)
+    dense = dense_inverse(g, damping=DAMPING)
+    assert_operator_close(inverse, dense, rtol=error_bound(g, damping=DAMPING))
+    assert_close(inverse.matvec(x, refine=1), dense @ numpy64(x), g)
+
+
+def blocks(g, x, mask):
+    inverse = mfac.BlockInverseFisher(g, damping=DAMPING, block_size=5)
+    dense = [dense_inverse(g[:, i : i + 5], damping=DAMPING) for i in range(0, 20, 5)]
+    bound = error_bound(g, damping=DAMPING)
+    assert_operator_close(inverse, scipy.linalg.block_diag(*dense), rtol=bound)
+
+
+def sliding(g, x, mask):
+    window, product = window_of(g, 4)
+    dense = dense_inverse(numpy64(g)[2:], damping=DAMPING)
+    assert_operator_close(window, dense, rtol=error_bound(g, damping=DAMPING))
+    assert_close(product, dense @ numpy64(g)[5], g)
+    window.replace(0, g[1, :])
+    window.remove(2)
+    dense = dense_inverse(numpy64(g)[[1, 3, 5]], damping=DAMPING)
+    assert_close(window @ x, dense @ numpy64(x), g)
+
+
+def saved(g, x, mask):
+    window, _ = window_of(g, 4)
+    restored = mfac.SlidingInverseFisher(20, 4, damping=DAMPING)
+    restored.load_state_dict(window.state_dict())
+    assert np.array_equal(numpy64(restored @ x), numpy64(window @ x))
+
+
+def one_call(g, x, mask):
+    product = mfac.ihvp(g, x, damping=DAMPING)
+    assert_close(product, dense_inverse(g, damping=DAMPING) @ numpy64(x), g)
+
+
+def parts(g, x, mask):
+    inverse = mfac.InverseFisher([g[:, :7], g[:, 7:]], damping=DAMPING)
+    assert_close(inverse @ x, dense_inverse(g, damping=DAMPING) @ numpy64(x), g)
+
+
+def compiled(g, x, mask):
+    assert isinstance(x, jax.Array)
+    expected = dense_inverse(g, damping=DAMPING) @ numpy64(x)
+    inverse = mfac.InverseFisher(g, damping=DAMPING)
+    assert_close(jax.jit(inverse.matvec)(x), expected, g)
+    assert_close(jax.jit(lambda x: mfac.ihvp(g, x, damping=DAMPING))(x), expected, g)
+
+
+def saliencies(g, x, mask):
+    scores = pruning.saliency(x, mfac.InverseFisher(g, damping=DAMPING))
+    diagonal = np.diagonal(dense_inverse(g, damping=DAMPING))
+    assert_close(scores, numpy64(x) ** 2 / (2 * diagonal), g)
+
+
+def pruned(g, x, mask):
+    fisher, w = dense_fisher(g, damping=DAMPING), numpy64(x)
+    best = np.where(KEPT, w, 0.0)
+    inner, across = fisher[np.ix_(KEPT, KEPT)], fisher[np.ix_(KEPT, ~KEPT)]
+    best[KEPT] += np.linalg.solve(inner, across @ w[~KEPT])
+    assert_close(pruning.obs_update(x, g, mask, damping=DAMPING), best, g)
+    result = pruning.prune(x, g, sparsity=0.5, mask=mask, damping=DAMPING)
+    assert np.array_equal(numpy64(result.mask), KEPT)
+    assert_close(result.weights, best, g)
+
+
+CHECKS = {
+    "`EmpiricalFisher`, all queries": forward,
+    "`InverseFisher`, all queries": static,
+    "`BlockInverseFisher`, all queries": blocks,
+    "`SlidingInverseFisher`, its steps and all queries": sliding,
+    "`SlidingInverseFisher`, its state saved and restored": saved,
+    "`ihvp`": one_call,
+    "gradients in several parts": parts,
+    "`ihvp`, `InverseFisher.matvec` inside `jax.jit`": compiled,
+    "`pruning.saliency`": saliencies,
+    "`pruning.obs_update`, `pruning.prune`": pruned,
+}
+
+
+def works(check, backend, dtype):
+    g, x = (asarray(backend, array, dtype) for array in (ROWS, VECTOR))
+    options = {} if backend.device is None else {"device": backend.device}
+    try:
+        check(g, x, backend.xp.asarray(KEPT, **options))
+    except Exception:
+        return False
+    return True
+
+
+def cell(check, library):
+    """✓ if a check holds in all data types, on all devices; or those in which it holds."""
+    backends = [b for b in BACKENDS if b.name.partition("-")[0] == library]
+    dtypes = dtypes_of(backends[0])
+    good = [dtype for dtype in dtypes if all(works(check, b, dtype) for b in backends)]
+    return "✓" if good == dtypes else ", ".join(good) or "no"
+
+
+def table():
+    first = {name: next(b for b in BACKENDS if b.name == name) for name in LIBRARIES}
+    rows = [["", *LIBRARIES.values()], ["---"] * (len(LIBRARIES) + 1)]
+    rows.append(["data types", *(", ".join(dtypes_of(first[name])) for name in LIBRARIES)])
+    rows += [[label, *(cell(check, name) for name in LIBRARIES)] for label, check in CHECKS.items()]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def test_the_table_is_what_is_so():
+    assert table() == TABLE.read_text(encoding="utf-8"), (
+        "What works has changed. If that was meant, run: python tests/test_support.py"
+    )
+
+
+def test_every_public_name_and_library_is_in_it():
+    names = {word for label in CHECKS for word in label.replace("`", " ").split()}
+    assert set(mfac.__all__) <= names
+    assert {backend.name.partition("-")[0] for backend in BACKENDS} == set(LIBRARIES)
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table(), encoding="utf-8")

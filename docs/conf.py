@@ -48,7 +48,9 @@ numpydoc_show_class_members = False  # the class template lists them
 nitpick_ignore_regex = [("py:.*", r"(cupy|jax|numpy|optax|scipy|torch)\..*")]
 
 html_theme = "pydata_sphinx_theme"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"mfac_core {release}"
-html_theme_options = {"show_prev_next": False, "show_toc_level": 2}
-html_sidebars = {"**": []}
+html_theme_options = {"navbar_center": [], "show_prev_next": False, "show_toc_level": 2}
+html_sidebars = {"**": ["pages"]}  # the header would hold five of them
 html_show_sourcelink = False

@@ -168,6 +168,7 @@ def test_the_damping_can_be_changed(rng, x64):
     assert relative_error(y, dense @ gradients[0]) <= error_bound(gradients, damping=0.7)
 
 
+@pytest.mark.filterwarnings("ignore:the dual nλI:scipy.linalg.LinAlgWarning")  # of the host
 def test_damping_below_rounding_and_no_number(rng, x64):
     gradients = np.tile(rng.standard_normal(D).astype(np.float32), (M, 1))
     assert np.isfinite(filled(gradients, M, 1e-30)[1]).all()

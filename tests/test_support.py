@@ -83,6 +83,17 @@ def sliding(g, x, mask):
     assert_close(window @ x, dense @ numpy64(x), g)
 
 
+def compressed(g, x, mask):
+    window = mfac.SparseSlidingInverseFisher(20, 4, density=0.3, damping=DAMPING)
+    for i in range(len(ROWS)):
+        product = window.append_matvec(g[i, :])
+    rows = window.gradients
+    assert (numpy64(rows) != 0).sum(axis=1).tolist() == [6] * 4
+    dense = dense_inverse(rows, damping=DAMPING)
+    assert_operator_close(window, dense, rtol=error_bound(rows, damping=DAMPING))
+    assert_close(product, dense @ numpy64(rows)[3], rows)
+
+
 def saved(g, x, mask):
     window, _ = window_of(g, 4)
     restored = mfac.SlidingInverseFisher(20, 4, damping=DAMPING)
@@ -131,6 +142,7 @@ CHECKS = {
     "`BlockInverseFisher`, all queries": blocks,
     "`SlidingInverseFisher`, its steps and all queries": sliding,
     "`SlidingInverseFisher`, its state saved and restored": saved,
+    "`SparseSlidingInverseFisher`, its steps and all queries": compressed,
     "`ihvp`": one_call,
     "gradients in several parts": parts,
     "`ihvp`, `InverseFisher.matvec` inside `jax.jit`": compiled,

@@ -58,18 +58,19 @@ def test_benchmarks_that_print_a_table(name, header, capsys):
     assert len(lines) > 5
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion", "text"])
+@pytest.mark.parametrize("name", ["train_digits", "train_fashion", "train_text"])
 def test_training(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     arguments = ["--quick", "--output", str(tmp_path)]
-    if name == "fashion":
+    if name == "train_fashion":
         write_images(tmp_path, np.random.default_rng(0))
         arguments += ["--data", str(tmp_path)]
-    load(f"train_{name}.py").main(arguments)
-    header, _, *rows = (tmp_path / f"train-{name}-table.md").read_text().splitlines()
+    load(f"{name}.py").main(arguments)
+    table = name.replace("_", "-")
+    header, _, *rows = (tmp_path / f"{table}-table.md").read_text().splitlines()
     assert header.startswith("| optimiser | rate | training loss | test ")
     assert len(rows) == 7
-    assert (tmp_path / f"train-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{table}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def write_images(folder, rng):

@@ -117,7 +117,7 @@ def sparse_step(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[
         window.append(row)
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    fresh = iter(unit_rows(rng, repeats + 2, d))
+    fresh = itertools.cycle(unit_rows(rng, 8, d))
     ours, floor = medians(
         lambda: window.append_matvec(next(fresh)), two_passes(g, rng), repeats=repeats
     )

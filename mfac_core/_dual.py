@@ -170,29 +170,32 @@ class Dual:
 
     def factor(self) -> Array:
         """Return the lower triangular Cholesky factor of A."""
-        if self._is_definite():
-            return self._factor
+        factor = self._known_factor()
+        if factor is not None:
+            return factor
         # A shift below the rounding of the Gram may leave A indefinite: raise it to there.
         lift = len(self) * 2.0**-52 * self.largest_square_norm()
         for _ in range(LARGEST_LIFTS):
-            self._factor = dense.cholesky(self.home, self._matrix(self.shift + lift))
-            if self._factor is not None:
+            factor = dense.cholesky(self.home, self._matrix(self.shift + lift))
+            if factor is not None:
+                self._factor = factor
                 warnings.warn(
                     f"the dual nλI + GGᵀ is singular in float64, and its nλ = {self.shift:g} was "
                     f"taken as {self.shift + lift:g}; raise the damping",
                     scipy.linalg.LinAlgWarning,
                     stacklevel=2,
                 )
-                return self._factor
+                return factor
             lift *= 8.0
         msg = "the Gram of the gradients is not positive semidefinite, or not finite"
         raise np.linalg.LinAlgError(msg)
 
-    def _is_definite(self) -> bool:
-        """Whether A has a Cholesky factor, which is then known."""
-        if self._factor is None:
-            self._factor = dense.cholesky(self.home, self._matrix(self.shift))
-        return self._factor is not None
+    def _known_factor(self) -> Array | None:
+        """Return the Cholesky factor, computed once; None where A is not positive definite."""
+        factor = self._factor
+        if factor is None:
+            factor = self._factor = dense.cholesky(self.home, self._matrix(self.shift))
+        return factor
 
     def whiten(self, b: Array, home: Home) -> Array:
         """L⁻¹b with A = L Lᵀ, where b is."""
@@ -215,7 +218,7 @@ class Dual:
         O(m²) where the inverse or the factor is known.
         """
         self.doubtful()
-        if self._inverse is None and not self._is_definite():
+        if self._inverse is None and self._known_factor() is None:
             return math.inf
         n = len(self)
         if self._probe is None or self._probe.shape[0] != n:

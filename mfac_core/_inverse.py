@@ -12,6 +12,7 @@ import scipy
 from mfac_core import _traced
 from mfac_core._arrays import Array, is_traced, itemsize, promote, send, to_numpy, widen
 from mfac_core._dual import Dual
+from mfac_core._guard import serialised, uninterrupted
 from mfac_core._lowrank import LowRankOperator
 from mfac_core._ops import dense
 from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW
@@ -127,6 +128,7 @@ class DampedInverse(LowRankOperator):
         """
         return super().diagonal()
 
+    @serialised
     def logdet(self) -> float:
         """Return log det F⁻¹ = −(d log λ + log det (A/(nλ))).
 
@@ -144,6 +146,7 @@ class DampedInverse(LowRankOperator):
             self._warn("log det F⁻¹")
         return -(self._fisher_logdet_scale + self._dual.logdet())
 
+    @serialised
     def _diagonal(self) -> Array:
         diagonal, smallest = self._clamped_diagonal()
         # 1 − t has lost what t's rounding is to it.
@@ -168,10 +171,12 @@ class DampedInverse(LowRankOperator):
             parts.append(to_numpy(diagonal))
         return np.concatenate(parts), max(smallest, 0.0)
 
+    @serialised
     def _sample(self, n: int, rng: np.random.Generator) -> Array:
         # F⁻¹ of a draw from N(0, F) has covariance F⁻¹ F F⁻¹.
         return self._apply(self._fisher_sample(n, rng), 0)
 
+    @serialised
     def _apply(self, x: Any, refine: int) -> Any:
         first = x[0] if isinstance(x, list) else x
         self._settle()
@@ -193,6 +198,7 @@ class DampedInverse(LowRankOperator):
             return [send(piece, like, dtype) for piece, like in zip(y, x, strict=True)]
         return send(y, self._like(), dtype)
 
+    @serialised
     def _quadratic(self, x: Any) -> Array:
         self._settle()
         # xᵀF⁻¹x = (‖x‖² − bᵀA⁻¹b)/λ with b = Gx
@@ -248,6 +254,7 @@ class DampedInverse(LowRankOperator):
             stacklevel=2,
         )
 
+    @serialised
     def _spread(self, z: Array) -> Any:
         """Return Gᵀ A⁻¹ z, in the gradients' library and dtype."""
         self._settle()
@@ -274,8 +281,10 @@ class DampedInverse(LowRankOperator):
         return gram_error * self._dual.inverse_norm()
 
     def _recompute_gram(self) -> None:
-        self._rows.exact = True
-        self._dual.set_gram(self._rows.gram())
+        gram = self._rows.gram(exact=True)
+        with uninterrupted():
+            self._rows.exact = True
+            self._dual.set_gram(gram)
 
 
 def _widened(x: Any) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, promote, to_numpy
+from mfac_core._guard import serialised
 from mfac_core._operator import Indices, SymmetricOperator
 from mfac_core._rows import Rows
 
@@ -23,6 +25,9 @@ class LowRankOperator(SymmetricOperator):
 
     _rows: Rows
     _damping: float
+
+    _lock: AbstractContextManager[Any] = nullcontext()
+    """What its queries hold; nothing where they change nothing."""
 
     @property
     @abstractmethod
@@ -76,14 +81,17 @@ class LowRankOperator(SymmetricOperator):
             parts.append(to_numpy(self._alpha + home.xp.sum(block * middle, axis=0)))
         return np.concatenate(parts)
 
+    @serialised
     def _entries(self, rows: Indices, cols: Indices) -> Array:
         return self._rows.bilinear(rows, cols, self._middle) + self._alpha * (rows == cols)
 
+    @serialised
     def _submatrix(self, indices: Indices) -> Array:
         columns = self._rows.take(indices)
         dense = to_numpy(columns.T @ self._middle(columns))
         return (dense + dense.T) / 2 + self._alpha * (indices[:, None] == indices)
 
+    @serialised
     def _column(self, j: int) -> Array:
         if self._rows.reduce is not None:
             msg = "column(j) is not known on all ranks; multiply a unit vector with matvec instead"
@@ -110,6 +118,7 @@ class LowRankOperator(SymmetricOperator):
             dtype=self.dtype,
         )
 
+    @serialised
     def power(self, p: float) -> SymmetricOperator:
         """Return a real power of this operator, as an operator.
 

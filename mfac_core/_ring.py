@@ -78,20 +78,16 @@ class Ring(Rows):
         held = set(self.slots)
         return next(slot for slot in range(self.capacity) if slot not in held)
 
-    def exchange(self, i: int, row: Any, norm2: float) -> Array:
-        """Set row i to a finite row of square norm ``norm2`` and return the Gram's row of it."""
-        if self.exchanges(row):
-            return self.exchange_unseen(i, row)[0]
+    def products(self, i: int, row: Any, norm2: float) -> Array:
+        """Return the row that the Gram has once a finite row of square norm ``norm2`` is row i."""
         x = self.vector(row)
         with np.errstate(over="ignore", invalid="ignore"):
             products = self.project(x)
         if not bool(self.home.xp.all(self.home.xp.isfinite(products))):
             self.exact = True  # finite rows whose products overflow float32
             products = self.project(x)
-        used = self.used
-        self.write(i, row)
-        of_gram = self.home.zeros(self.used)
-        of_gram[:used] = products
+        of_gram = self.home.zeros(max(self.used, i + 1))
+        of_gram[: self.used] = products
         of_gram[i] = norm2
         return of_gram
 
@@ -100,7 +96,7 @@ class Ring(Rows):
         return False
 
     def exchange_unseen(self, i: int, row: Any) -> tuple[Array, Array]:
-        """Do as :meth:`exchange` on a device, without waiting; also return ‖row‖², shape (1,).
+        """Set row i on a device, without waiting; return the Gram's row of it, and ‖row‖², (1,).
 
         Where that is not finite, the row that was there stays, and is exchanged for itself.
         """

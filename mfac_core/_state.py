@@ -44,13 +44,13 @@ def load(window: SlidingInverseFisher, state: Mapping[str, Any]) -> SlidingInver
                 f"got {tuple(found.values())}; load it into a window of its own sizes"
             )
             raise ValueError(msg)
-        xp, dtype, device = window._given
+        given = window._given
         new = type(window)(
             **window._sizes,
             damping=float(state["damping"]),
-            dtype=dtype,
-            xp=xp,
-            device=device,
+            dtype=window._given_dtype,
+            xp=given and given.xp,
+            device=given and given.device,
             normalization=str(state["normalization"]),
             reduce=window._reduce,
         )
@@ -74,7 +74,8 @@ def _fill(window: SlidingInverseFisher, state: Mapping[str, Any]) -> None:
     shapes = {name: tuple(state[name].shape) for name in expected}
     if shapes["inverse"] == (0, 0):  # none is known
         del expected["inverse"]
-    slots_fit = len(set(slots)) == len(slots) and set(slots) <= set(range(used))
+    empty = set(range(used)) - set(slots)
+    slots_fit = len(empty) + len(slots) == used and not any(state["gram"][i, i] for i in empty)
     if not (expected.items() <= shapes.items() and slots_fit and used <= window.window_size):
         msg = (
             f"state must have consistent {', '.join(shapes)} and slots, got shapes "

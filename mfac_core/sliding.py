@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from mfac_core import _state
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, device, is_traced
+from mfac_core._arrays import Array, Home, array_namespace, device, is_traced
 from mfac_core._dual import Dual
+from mfac_core._guard import Lock, serialised, uninterrupted
 from mfac_core._inverse import DampedInverse
 from mfac_core._ring import ArrayRing, Ring
 from mfac_core._rows import Reduce, Rows
@@ -62,6 +63,9 @@ class SlidingInverseFisher(DampedInverse):
 
     Notes
     -----
+    Several threads may use one window: calls wait for one another. A KeyboardInterrupt leaves it as
+    it was before a change, or as it is after.
+
     The window takes m·d numbers of memory, and 3m² of float64. A step (``append`` and a product)
     costs one pass over the window for the new row of the Gram GGᵀ, one or two for the product,
     and O(m²) for the dual A = nλI + GGᵀ, whose inverse is updated by two rank-one corrections,
@@ -102,6 +106,7 @@ class SlidingInverseFisher(DampedInverse):
         normalization: str = "count",
         reduce: Reduce | None = None,
     ) -> None:
+        self._lock = Lock()
         self.num_params = check.integer(num_params, "num_params", minimum=1)
         self.window_size = check.integer(window_size, "window_size", minimum=1)
         self._damping = check.damping(damping)
@@ -113,7 +118,8 @@ class SlidingInverseFisher(DampedInverse):
         if device is not None and xp is None:
             msg = "device needs xp, the array namespace it belongs to; give both or neither"
             raise ValueError(msg)
-        self._given = (xp, dtype, device)
+        self._given = None if xp is None else Home(xp, device)
+        self._given_dtype = dtype
         # Until library and dtype are known the ring has no rows.
         space = np if xp is None else xp
         like = space.zeros((0, self.num_params), dtype=dtype, **_on(device))
@@ -134,12 +140,12 @@ class SlidingInverseFisher(DampedInverse):
     @property
     def dtype(self) -> Any:
         """The dtype of the window; None until the first gradient, if it was not given."""
-        return self._rows.dtype if self._allocated else self._given[1]
+        return self._rows.dtype if self._allocated else self._given_dtype
 
     @property
     def device(self) -> Any:
         """The device of the window; None until the first gradient, if it was not given."""
-        return self._rows.device if self._allocated else self._given[2]
+        return self._rows.device if self._allocated else getattr(self._given, "device", None)
 
     @property
     def damping(self) -> float:
@@ -149,11 +155,14 @@ class SlidingInverseFisher(DampedInverse):
     @damping.setter
     def damping(self, value: float) -> None:
         value = check.damping(value)
-        self._accept()
-        self._damping = value
-        self._reshift()
+        with self._lock:
+            self._accept()
+            with uninterrupted():
+                self._damping = value
+                self._reshift()
 
     @property
+    @serialised
     def gram(self) -> Array:
         """G Gᵀ of the gradients held, oldest first, shape (len, len), float64: a copy."""
         self._accept()
@@ -167,11 +176,13 @@ class SlidingInverseFisher(DampedInverse):
         return self.gram + self._shift * self._rows.home.eye(len(self))
 
     @property
+    @serialised
     def gradients(self) -> Array:
         """The gradients held, oldest first, shape (len, d): a copy."""
         self._accept()
         return self._rows.held()
 
+    @serialised
     def append(self, g: Array) -> None:
         """Add a gradient; a full window drops its oldest.
 
@@ -206,6 +217,7 @@ class SlidingInverseFisher(DampedInverse):
         slot = self._rows.free_slot()
         return self._exchange(slot, g, norm2, [*self._rows.slots, slot])
 
+    @serialised
     def replace(self, i: int, g: Array) -> None:
         """Exchange a gradient that is held; it keeps its age.
 
@@ -229,6 +241,7 @@ class SlidingInverseFisher(DampedInverse):
         self._send(*self._exchange(self._rows.slots[i], g, norm2, self._rows.slots))
         self._accept()
 
+    @serialised
     def remove(self, i: int) -> None:
         """Remove a gradient that is held.
 
@@ -248,6 +261,7 @@ class SlidingInverseFisher(DampedInverse):
         slots = [other for other in self._rows.slots if other != slot]
         self._exchange(slot, self._rows.blank(slot), 0.0, slots)
 
+    @serialised
     def append_matvec(self, g: Array, *, check_finite: bool = True) -> Array:
         """Add a gradient and return F⁻¹g = n Gᵀ A⁻¹ eⱼ, j its row, with it in the window.
 
@@ -311,32 +325,37 @@ class SlidingInverseFisher(DampedInverse):
         exact = self._rows.always_exact or self._dual.cancellation(c) > LARGEST_CANCELLATION
         return self._rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
 
+    @serialised
     def clear(self) -> None:
         """Remove all gradients; library, dtype and device stay."""
         self._hold(self._rows.emptied())
 
     # -- products --------------------------------------------------------------------------
 
+    @serialised
     def _apply(self, x: Array, refine: int) -> Array:
         if not len(self):
             return x / self._damping
         return super()._apply(x, refine)
 
+    @serialised
     def _diagonal(self) -> Array:
         if not len(self):
             return np.full(self.num_params, 1.0 / self._damping)
         return super()._diagonal()
 
+    @serialised
     def _quadratic(self, x: Any) -> Array:
         if not len(self):
             return self._rows.square_norms(x) / self._damping
         return super()._quadratic(x)
 
     def _checked_columns(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
-        if not self._allocated and self._given[0] is None:  # the identity/λ of any library
+        if not self._allocated and self._given is None:  # the identity/λ of any library
             return check.vector_argument(x, name, self.num_params, ndim=ndim)
         return super()._checked_columns(x, name, ndim)
 
+    @serialised
     def _frozen(self) -> tuple[Rows, Array]:
         self._settle()
         return self._rows.copy(), self._dual.gram
@@ -352,6 +371,7 @@ class SlidingInverseFisher(DampedInverse):
         """The arguments in which windows that exchange states must agree."""
         return {"num_params": self.num_params, "window_size": self.window_size}
 
+    @serialised
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain arrays, numbers and strings.
 
@@ -368,6 +388,7 @@ class SlidingInverseFisher(DampedInverse):
         self._accept()
         return _state.save(self)
 
+    @serialised
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state, from a window of the same ``num_params`` and ``window_size``.
 
@@ -397,7 +418,7 @@ class SlidingInverseFisher(DampedInverse):
         if is_traced(g):
             msg = "g must hold values, got a JAX tracer; keep the window out of jit, vmap and grad"
             raise TypeError(msg)
-        if self._allocated or self._given[0] is not None:
+        if self._allocated or self._given is not None:
             check.beside(g, "g", self._rows.like)
         return self._row_of(g, self.dtype if self.dtype is not None else g.dtype, unseen)
 
@@ -440,11 +461,12 @@ class SlidingInverseFisher(DampedInverse):
 
     def _hold(self, ring: Ring) -> None:
         """Start with a ring of no gradients."""
-        self._rows = ring
-        self._dual = Dual(self._rows.home.zeros((0, 0)), self._shift, self._rows.home)
-        self._unseen = None
-        self._exact_steps = 0  # exchanges since the last look whether float32 would do
-        self._checked = True
+        with uninterrupted():
+            self._rows = ring
+            self._dual = Dual(self._rows.home.zeros((0, 0)), self._shift, self._rows.home)
+            self._unseen = None
+            self._exact_steps = 0  # exchanges since the last look whether float32 would do
+            self._checked = True
 
     def _settle(self) -> None:
         self._accept()
@@ -466,17 +488,21 @@ class SlidingInverseFisher(DampedInverse):
         """
         before, there = self._rows.slots, None
         grows = slot == self._rows.used
-        if norm2 is None:
-            products, there = self._rows.exchange_unseen(slot, row)
-        else:
-            products = self._rows.exchange(slot, row, norm2)
-        if grows:
-            self._dual.grow()
-        self._rows.slots = slots
-        self._reshift()
-        self._dual.replace(slot, products)
-        self._checked = False
-        self._exact_steps += self._rows.exact
+        on_device = self._rows.exchanges(row)
+        if not on_device:
+            products = self._rows.products(slot, row, cast("float", norm2))
+        with uninterrupted():
+            if on_device:
+                products, norm2_there = self._rows.exchange_unseen(slot, row)
+                there = norm2_there if norm2 is None else None
+            else:
+                self._rows.write(slot, row)
+            if grows:
+                self._dual.grow()
+            self._rows.slots = slots
+            self._reshift()
+            self._dual.replace(slot, products)
+            self._exact_steps += self._rows.exact
         return there, before
 
     @property

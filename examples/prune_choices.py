@@ -24,7 +24,7 @@ SPARSITY = {"digits": 0.8, "cnn": 0.95, "resnet": 0.8}
 SETTINGS = {"digits": prune_digits.SETTINGS, **prune_fashion.SETTINGS}
 ON_DIGITS: list[dict] = [
     {},
-    *({"rows": rows} for rows in (50, 150, 1200)),
+    *({"rows": rows} for rows in (50, 150)),
     {"rows": 75, "average": 8},
     *({"damping": damping} for damping in (1e-5, 1e-4, 1e-2, 1e-1)),
     *({"block_size": size} for size in (16, 64, 128)),

@@ -75,7 +75,7 @@ def records_of(network: str, seed: int, model: nn.Module, data: Split, quick: bo
         result = {**about, "method": method, "sparsity": sparsity, "pattern": pattern}
         result |= measure(weights)
         if network == "resnet":
-            with statistics_of(model, x[:5000]):
+            with statistics_of(model, x[: settings["rows"] * settings["average"]]):
                 result["settled"] = evaluate(model, x_test, y_test)[1]
         return result
 

@@ -119,7 +119,7 @@ def rises(records: Sequence[dict], sparsity: float) -> str:
 
 
 def save(folder: Path, name: str, settings: dict, records: list, tables: dict[str, str]) -> None:
-    """Write name.json, and name-key.md for each table with the command above it; print these."""
+    """Write name.json, and name-key.md for each table, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, "records": records}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -141,7 +141,8 @@ def draw(path: Path, records: Sequence[dict], title: str) -> None:
         runs = [select(records, "accuracy", method=method, sparsity=s) for s in sparsities]
         mean, low, high = (f(np.array(runs), axis=1) for f in (np.mean, np.min, np.max))
         axes.fill_between(sparsities, low, high, color=colour, alpha=0.12, lw=0)
-        axes.plot(sparsities, mean, line, marker=marker, ms=4, color=colour, label=method)
+        label = method.replace("`", "")
+        axes.plot(sparsities, mean, line, marker=marker, ms=4, color=colour, label=label)
     axes.set(xlabel="sparsity", ylabel="test accuracy", title=title)
     axes.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
     axes.grid(alpha=0.25)

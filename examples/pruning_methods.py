@@ -58,9 +58,10 @@ def run_of(
     damping: float,
     block_size: int | None = None,
 ) -> Run:
-    """Return a run whose gradients, and calibration loss, are of the first rows · average samples.
+    """Return a run whose gradients are of the first rows · average samples.
 
-    Each row is the mean over ``average`` samples.
+    Each row is the mean over ``average`` samples; the first 2,000 of them, at most, are those of
+    the calibration loss.
     """
     x, y = x[: rows * average], y[: rows * average]
 
@@ -70,7 +71,7 @@ def run_of(
 
     def loss(weights: torch.Tensor) -> float:
         set_weights(model, weights)
-        return evaluate(model, x, y)[0]
+        return evaluate(model, x[:2000], y[:2000])[0]
 
     weights = parameters_to_vector(weights_of(model)).detach()
     return Run(weights, fresh(weights), fresh, loss, damping, block_size)

@@ -22,25 +22,34 @@ from torch import nn
 METHOD_NAMES = ("the paper's", "joint", "joint, `loss=`")
 SPARSITY = {"digits": 0.8, "cnn": 0.95, "resnet": 0.8}
 SETTINGS = {"digits": prune_digits.SETTINGS, **prune_fashion.SETTINGS}
-ON_DIGITS: list[dict] = [
-    {},
-    *({"rows": rows} for rows in (50, 150)),
-    {"rows": 75, "average": 8},
-    *({"damping": damping} for damping in (1e-5, 1e-4, 1e-2, 1e-1)),
-    *({"block_size": size} for size in (16, 64, 128)),
-    *({"rows": 50, "block_size": size} for size in (16, 128)),
-    {"rows": 50, "damping": 1e-1},
-]
-ON_FASHION: list[dict] = [
-    {},
-    {"rows": 64},
-    {"average": 1},
-    {"average": 1, "damping": 1e-1},
-    *({"damping": damping} for damping in (1e-5, 1e-3, 1e-1)),
-    *({"block_size": size} for size in (16, 128)),
-    {"rows": 64, "block_size": 32},
-]
-CHANGES = {"digits": ON_DIGITS, "cnn": ON_FASHION, "resnet": ON_FASHION}
+CHANGES: dict[str, list[dict]] = {
+    "digits": [
+        {},
+        *({"rows": rows} for rows in (50, 150)),
+        {"rows": 75, "average": 8},
+        *({"damping": damping} for damping in (1e-5, 1e-4, 1e-2, 1e-1)),
+        *({"block_size": size} for size in (16, 128)),
+        {"rows": 50, "damping": 1e-1},
+        {"rows": 50, "block_size": 16},
+    ],
+    "cnn": [
+        {},
+        {"rows": 64},
+        {"average": 1},
+        {"average": 1, "damping": 1e-1},
+        *({"damping": damping} for damping in (1e-4, 1e-3, 1e-1)),
+        *({"block_size": size} for size in (16, 128)),
+        {"rows": 64, "block_size": 16},
+    ],
+    "resnet": [
+        {},
+        {"rows": 64},
+        {"average": 1},
+        *({"damping": damping} for damping in (1e-6, 1e-5, 1e-3, 1e-2)),
+        *({"block_size": size} for size in (16, 128)),
+        {"rows": 64, "block_size": 16},
+    ],
+}
 
 
 def records_of(

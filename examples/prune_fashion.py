@@ -27,7 +27,7 @@ TRAINING = {
 }
 SETTINGS = {
     "cnn": {"rows": 256, "average": 16, "damping": 1e-2},
-    "resnet": {"rows": 256, "average": 16, "damping": 1e-2},
+    "resnet": {"rows": 256, "average": 16, "damping": 1e-4},
 }
 RISE = {"cnn": 0.95, "resnet": 0.8}
 """Sparsity at which the predicted and the real rise of the loss are compared."""

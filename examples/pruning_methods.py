@@ -60,9 +60,10 @@ def run_of(
 ) -> Run:
     """Return a run whose gradients are of the first rows · average samples.
 
-    Each row is the mean over ``average`` samples; the first 2,000 of them, at most, are those of
-    the calibration loss.
+    Each row is the mean over ``average`` samples. The calibration loss is that of 2,000 samples,
+    or all that there are: not of the rows' alone, to which the update fits too well.
     """
+    known = x[:2000], y[:2000]
     x, y = x[: rows * average], y[: rows * average]
 
     def fresh(weights: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,7 @@ def run_of(
 
     def loss(weights: torch.Tensor) -> float:
         set_weights(model, weights)
-        return evaluate(model, x[:2000], y[:2000])[0]
+        return evaluate(model, *known)[0]
 
     weights = parameters_to_vector(weights_of(model)).detach()
     return Run(weights, fresh(weights), fresh, loss, damping, block_size)

@@ -46,7 +46,8 @@ class Yardstick:
     def __call__(self, weights: torch.Tensor) -> dict[str, float]:
         """Return the test accuracy, and by how much which loss has risen.
 
-        ``rise`` is that of the test loss, ``calibration`` that of the calibration loss, and ``predicted`` the quadratic model's ½ δᵀFδ with rows of test samples. The
+        ``rise`` is that of the test loss, ``calibration`` that of the calibration loss, and
+        ``predicted`` the quadratic model's ½ δᵀFδ with rows of test samples. The
         mean of b gradients has 1/b of their covariance, so that there F is multiplied by b.
         """
         calibration = self.run.loss(weights) - self.dense_calibration

@@ -26,7 +26,7 @@ TRAINING = {
     "resnet": {"epochs": 4, "peak": 0.1, "batch": 128},
 }
 SETTINGS = {
-    "cnn": {"rows": 256, "average": 16, "damping": 1e-2},
+    "cnn": {"rows": 256, "average": 16, "damping": 1e-2, "damping_in_steps": 1e-4},
     "resnet": {"rows": 256, "average": 16, "damping": 1e-4},
 }
 RISE = {"cnn": 0.95, "resnet": 0.8}

@@ -33,6 +33,8 @@ class Run:
         λ.
     block_size : int or None
         Length of the diagonal blocks of the Fisher matrix; None for the whole of it.
+    damping_in_steps : float or None
+        λ where gradients are recomputed; None for the same.
     """
 
     weights: torch.Tensor
@@ -41,6 +43,7 @@ class Run:
     loss: Callable[[torch.Tensor], float]
     damping: float
     block_size: int | None = None
+    damping_in_steps: float | None = None
 
     def prune(self, **options: object) -> torch.Tensor:
         """Prune by :func:`mfac_core.pruning.prune` with the run's Fisher matrix, in one stage."""
@@ -57,6 +60,7 @@ def run_of(
     average: int,
     damping: float,
     block_size: int | None = None,
+    damping_in_steps: float | None = None,
 ) -> Run:
     """Return a run whose gradients are of the first rows · average samples.
 
@@ -75,7 +79,7 @@ def run_of(
         return evaluate(model, *known)[0]
 
     weights = parameters_to_vector(weights_of(model)).detach()
-    return Run(weights, fresh(weights), fresh, loss, damping, block_size)
+    return Run(weights, fresh(weights), fresh, loss, damping, block_size, damping_in_steps)
 
 
 Curve = Callable[[Run, Sequence[float]], list[torch.Tensor]]
@@ -167,13 +171,14 @@ def steps(before: float, after: float, ratio: float = 0.75) -> list[float]:
 
 def _recomputed(run: Run, sparsities: Sequence[float], update: str) -> list[torch.Tensor]:
     weights, mask = run.weights, None
+    damping = run.damping_in_steps or run.damping
     results = []
     for before, after in pairwise((0.0, *sparsities)):
         for sparsity in steps(before, after):
             gradients = run.gradients if mask is None else run.fresh(weights)
             weights, mask, _ = prune(
                 weights, gradients, mask=mask, sparsity=sparsity, stages=1, update=update,
-                damping=run.damping, block_size=run.block_size,
+                damping=damping, block_size=run.block_size,
             )  # fmt: skip
         results.append(weights)
     return results

@@ -18,7 +18,6 @@ extensions = [
     "sphinx.ext.mathjax",
 ]
 exclude_patterns = ["_build", "results"]  # results are included by pages
-exclude_patterns = ["_build", "results/*.md"]
 templates_path = ["_templates"]
 
 myst_enable_extensions = ["dollarmath", "substitution"]

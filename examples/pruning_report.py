@@ -95,14 +95,6 @@ def accuracies(
         return spread(select(records, value, method=method, sparsity=sparsity))
 
     rows = [[m, *(cell(m, s) for s in sparsities)] for m in unique(records, "method")]
-def accuracies(records: Sequence[dict], corner: str = "test accuracy at") -> str:
-    """Write a table of methods against sparsities."""
-    sparsities = unique(records, "sparsity")
-
-    def cell(method: str, sparsity: float) -> str:
-        return spread(select(records, value, method=method, sparsity=sparsity))
-
-    rows = [[m, *(cell(m, s) for s in sparsities)] for m in unique(records, "method")]
     return table([corner, *(f"{s:.0%}" for s in sparsities)], rows)
 
 

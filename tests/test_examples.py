@@ -75,7 +75,7 @@ def test_training(name, tmp_path, monkeypatch):
 
 def write_images(folder, rng):
     """Write noise in the form of Fashion-MNIST."""
-    for part, count in (("train", 200), ("t10k", 100)):
+    for part, count in (("train", 400), ("t10k", 100)):
         images = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
         labels = rng.integers(10, size=count, dtype=np.uint8)
         for kind, data in (("images-idx3", images), ("labels-idx1", labels)):
@@ -131,6 +131,8 @@ def test_a_missing_peer_is_left_out(capsys):
     peers.PEERS["other"] = peers.Peer(peers.ours, "no_such_package")
     assert "other" not in peers.installed()
     assert "other: left out, no_such_package is not installed" in capsys.readouterr().out
+
+
 @pytest.fixture
 def siblings(monkeypatch):
     """Examples import one another, as they do when run as scripts."""
@@ -163,13 +165,7 @@ def test_choices_in_pruning(tmp_path):
 @pytest.mark.parametrize("network", ["cnn", "resnet"])
 def test_pruning_on_fashion_mnist(network, tmp_path):
     """On random images in the files' format: the real ones need not be installed."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 400), ("t10k", 100)):
-        images = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
-        labels = rng.integers(10, size=count, dtype=np.uint8)
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-            (tmp_path / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    write_images(tmp_path, np.random.default_rng(0))
     folder = tmp_path / "results"
     arguments = ["--network", network, "--quick", "--data", str(tmp_path), "--output", str(folder)]
     load("prune_fashion.py").main(arguments)

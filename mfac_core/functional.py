@@ -91,7 +91,7 @@ def init(num_params: int, window_size: int, *, damping: Any, dtype: Any = "float
     d = check.integer(num_params, "num_params", minimum=1)
     m = check.integer(window_size, "window_size", minimum=1)
     if not is_traced(damping):
-        check.positive_number(damping, "damping")
+        check.damping(damping)
     if not jnp.issubdtype(dtype, jnp.floating):
         msg = f"dtype must be real floating point, got {jnp.dtype(dtype)}"
         raise TypeError(msg)

@@ -23,7 +23,7 @@ DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
 @pytest.fixture
 def cupy():
-    cupy = pytest.importorskip("cupy")
+    cupy = pytest.importorskip("cupy", reason="these tests need CuPy")
     assert cupy.cuda.is_available(), "pytest -m gpu needs a CUDA device, and CuPy sees none"
     return cupy
 
@@ -100,12 +100,12 @@ def test_operators_of_every_library_on_the_device(cupy, rng, library, dtype):
     if library == "cupy":
         g = stored(cupy, rng, (20, 3001), dtype)[1]
     elif library == "torch":
-        torch = pytest.importorskip("torch")
+        torch = pytest.importorskip("torch", reason="PyTorch is not installed")
         if not torch.cuda.is_available():
             pytest.skip("this build of PyTorch has no CUDA")
         g = torch.from_numpy(rng.standard_normal((20, 3001))).to("cuda", getattr(torch, dtype))
     else:
-        jax = pytest.importorskip("jax")
+        jax = pytest.importorskip("jax", reason="JAX is not installed")
         if dtype == "float64" or jax.default_backend() != "gpu":
             pytest.skip("JAX has no GPU here, or no float64")
         g = jax.numpy.asarray(rng.standard_normal((20, 3001)), dtype=dtype)

@@ -251,9 +251,13 @@ class Dual:
 
     def cancellation(self, c: Array) -> float:
         """Return √(Σ cᵢ²‖gᵢ‖²) / ‖Gᵀc‖: how much larger the terms of Gᵀc are than their sum."""
-        terms = float(self.home.xp.sum(c * c * self._diagonal()))
         total = float(c @ (self.gram @ c))
-        return (terms / total) ** 0.5 if total > 0.0 else math.inf
+        return self.terms(c) / math.sqrt(total) if total > 0.0 else math.inf
+
+    def terms(self, c: Array) -> float:
+        """Return √(Σ cᵢ²‖gᵢ‖²), the size of the terms of Gᵀc."""
+        terms = c * self.home.xp.sqrt(self._diagonal())
+        return math.sqrt(float(terms @ terms))
 
     def matrix(self) -> Array:
         """Return A."""

@@ -201,15 +201,27 @@ class DampedInverse(LowRankOperator):
     @serialised
     def _quadratic(self, x: Any) -> Array:
         self._settle()
-        # xᵀF⁻¹x = (‖x‖² − bᵀA⁻¹b)/λ with b = Gx
-        value, whole = super()._quadratic(x), self._rows.square_norms(x) / self._damping
+        value, whole, noise = self._difference(x)
         exact = self._is_exact(x[0] if isinstance(x, list) else x)
         if not exact and np.any(value < whole * SMALLEST_FLOAT32_REST):
             self._recompute_gram()
-            value = super()._quadratic(x)
-        if np.any(value < whole * SMALLEST_REST):
+            value, whole, noise = self._difference(x)
+        if np.any(value < np.maximum(whole, noise) * SMALLEST_REST):
             self._warn("xᵀF⁻¹x")
         return value
+
+    def _difference(self, x: Any) -> tuple[Array, Array, Array]:
+        """Return (‖x‖² − bᵀA⁻¹b)/λ for b = Gx, its first term, and ‖A‖ ‖A⁻¹b‖²/λ.
+
+        A solution is exact for a matrix as far from A as rounding is from ‖A‖, which is how far
+        the second term can be from right.
+        """
+        b = self._rows.project(x)
+        c = self._dual.solve(b)
+        xp = self._rows.home.xp
+        whole = self._rows.square_norms(x) / self._damping
+        noise = to_numpy(xp.sum(c * c, axis=0)) * (self._dual.shift + self._dual.gram_norm())
+        return whole - to_numpy(xp.sum(b * c, axis=0)) / self._damping, whole, noise / self._damping
 
     def _refined(self, x: Any, steps: int) -> Any:
         """F⁻¹x in float64, with residuals taken through G instead of through its Gram.

@@ -12,13 +12,16 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, device, is_traced
 from mfac_core._dual import Dual
 from mfac_core._guard import Lock, serialised, uninterrupted
-from mfac_core._inverse import DampedInverse
+from mfac_core._inverse import SMALLEST_REST, DampedInverse
 from mfac_core._ring import ArrayRing, Ring
 from mfac_core._rows import Reduce, Rows
 from mfac_core._unseen import Unseen
 
 LARGEST_CANCELLATION = 128.0
 """Terms of Gᵀc relative to their sum above which it is summed in float64."""
+
+LARGEST_MEASURABLE_CANCELLATION = 2.0**20
+"""The same above which cᵀGGᵀc is too rounded to tell, and the sum itself is asked."""
 
 NORMALIZATIONS = ("count", "window")
 
@@ -283,6 +286,12 @@ class SlidingInverseFisher(DampedInverse):
         TypeError, ValueError
             See :meth:`append`.
 
+        Warns
+        -----
+        scipy.linalg.LinAlgWarning
+            If λ is so small beside the gradients' squared norms that F is singular in float64
+            for this ``g``. Not looked for by the CUDA kernels, where that would mean to wait.
+
         Notes
         -----
         One pass over the window less than ``append`` and ``matvec``, and accurate for gradients
@@ -322,8 +331,16 @@ class SlidingInverseFisher(DampedInverse):
 
     def _combine_held(self, c: Array, dtype: Any) -> Array:
         """Gᵀc, in float64 products where its terms cancel."""
-        exact = self._rows.always_exact or self._dual.cancellation(c) > LARGEST_CANCELLATION
-        return self._rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
+        exact, cancellation = self._rows.always_exact, 1.0
+        if self._rows.home.is_numpy or not exact:  # a device would have to be waited for
+            cancellation = self._dual.cancellation(c)
+            exact = exact or cancellation > LARGEST_CANCELLATION
+        y = self._rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
+        if cancellation > LARGEST_MEASURABLE_CANCELLATION:
+            left = float(self._rows.square_norms(y)) ** 0.5
+            if not left >= self._dual.terms(c) * SMALLEST_REST:
+                self._warn("F⁻¹g")
+        return y
 
     @serialised
     def clear(self) -> None:

@@ -1,8 +1,10 @@
 """What differs between array libraries: detection, devices, and moving small arrays to float64.
 
-The m-sized half of every algorithm runs in float64 in a *home*: in NumPy for libraries whose
-arrays live in host memory (and for JAX, which lacks float64 by default), on the gradients' own
-device otherwise. Nothing here imports an array library other than NumPy.
+The m-sized half of every algorithm runs in float64 in a *home*: in the gradients' own library and
+on their device, and in NumPy where these have no float64, as JAX by default. PyTorch's and NumPy's
+threads go on spinning for a while after a product and take the cores from one another's: so what
+comes from PyTorch stays there on the host, too. Nothing here imports an array library other than
+NumPy.
 """
 
 from __future__ import annotations
@@ -127,13 +129,18 @@ class Home:
         """Whether the m-sized arrays are NumPy's."""
         return self.xp is np
 
+    @property
+    def is_host(self) -> bool:
+        """Whether to look at a number here costs no wait for a device."""
+        return str(self.device).partition(":")[0] == "cpu"
+
     def receive(self, x: Array) -> Array:
         """Bring an array here as float64; it may share memory with ``x``."""
         if self.is_numpy:
             return np.asarray(to_numpy(x), dtype=np.float64)
         if is_numpy_array(x):
             return self.xp.asarray(x, dtype=self.xp.float64, device=self.device)
-        x = self.xp.astype(x, self.xp.float64, copy=False)
+        x = self.xp.astype(x.detach() if is_torch_array(x) else x, self.xp.float64, copy=False)
         return x if device(x) == self.device else to_device(x, self.device)
 
     def zeros(self, shape: int | tuple[int, ...]) -> Array:
@@ -155,12 +162,7 @@ def _home_by_name(name: str, device: Any) -> Home:
 
 def home_of(x: Array) -> Home:
     """Choose the home for gradients like ``x``."""
-    on_host = (
-        is_numpy_array(x)
-        or is_jax_array(x)
-        or (is_torch_array(x) and x.device.type in ("cpu", "mps"))
-    )
-    if on_host:
+    if is_numpy_array(x) or is_jax_array(x) or not has_float64(x):
         return Home(np, "cpu")
     return Home(array_namespace(x), device(x))
 

@@ -247,7 +247,7 @@ class DampedInverse(LowRankOperator):
 
         On a device that would mean to wait, and its products are in float64 anyway.
         """
-        if not self._rows.home.is_numpy:
+        if not self._rows.home.is_host:
             return False
         # It is no shorter than λ/(λ + ‖G‖²/n) of x, and wrong by ε √cond(A) of x.
         shift, norm = self._dual.shift, self._dual.gram_norm()

@@ -145,7 +145,7 @@ class Rows(ABC):
         exact = self.exact or itemsize(first.dtype) == 8
         with np.errstate(over="ignore", invalid="ignore"):
             total = self._project(x, first, exact)
-        if self.home.is_numpy and not exact and _left_float32(total) and self._is_nonzero(x):
+        if self.home.is_host and not exact and _left_float32(total) and self._is_nonzero(x):
             total = self._project(x, first, True)
         return total
 
@@ -179,7 +179,7 @@ class Rows(ABC):
     def _combine(
         self, c: Array, base: Columns | None, alpha: float, dtype: Any, exact: bool
     ) -> Columns:
-        if not exact and self.home.is_numpy:
+        if not exact and self.home.is_host:
             exact = _left_float32(c) or (base is not None and _left_float32(np.asarray(alpha)))
         pieces = []
         for i, (columns, part) in enumerate(self.parts()):
@@ -289,7 +289,7 @@ def joined(pieces: list[Array]) -> Array:
     return array_namespace(pieces[0]).concat(pieces, axis=0)
 
 
-def _left_float32(x: np.ndarray[Any, Any]) -> bool:
+def _left_float32(x: Array) -> bool:
     """Whether float32 products with these numbers, or that gave them, may have left its range."""
-    largest = float(np.max(np.abs(x), initial=0.0))
+    largest = float(np.max(np.abs(to_numpy(x)), initial=0.0))
     return not 1.0 / FLOAT32_RANGE < largest < FLOAT32_RANGE

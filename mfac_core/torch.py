@@ -302,12 +302,14 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         if self.reduce is not None:
             length = g.new_tensor(self.reduce(np.array([float(length) ** 2]))[0] ** 0.5)
         direction = self._precondition(window, g.div_(length.clamp_min(tiny)))
-        pieces = direction.split([p.numel() for p in self._parameters()])
-        lengths = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces])
-        counts = torch.stack([torch.count_nonzero(piece) for piece in pieces]).to(g.dtype)
+        sizes = [p.numel() for p in self._parameters()]
+        pieces = direction.split(sizes)
+        lengths = torch.stack(torch._foreach_norm(pieces))
+        counts = lengths.new_tensor(sizes)
+        if bool(torch.count_nonzero(direction) < len(direction)):
+            counts = torch.stack([torch.count_nonzero(piece) for piece in pieces]).to(g.dtype)
         scales = counts.sqrt() / lengths.clamp_min(tiny)
-        for piece, scale in zip(pieces, scales.unbind(), strict=True):
-            piece *= scale
+        torch._foreach_mul_(pieces, scales.unbind())
         return direction
 
     def _move(self, direction: Tensor) -> None:
@@ -320,7 +322,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
             if momentum := group["momentum"]:
                 if self._velocity is None:
                     self._velocity = torch.zeros_like(direction)
-                step = self._velocity[part].mul_(momentum).add_(step, alpha=1.0 - momentum)
+                step = self._velocity[part].lerp_(step, 1.0 - momentum)
             lr = float(group["lr"])
             decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
             for p, piece in zip(group["params"], step.split(sizes), strict=True):

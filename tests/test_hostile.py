@@ -82,6 +82,7 @@ def magnitudes(draw):
 @pytest.mark.skipif(
     np.finfo(np.longdouble).maxexp < 16384, reason="the oracle needs extended precision"
 )
+@pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])
 @pytest.mark.parametrize("query", QUERIES)
 @settings(max_examples=150)
 @example(magnitudes=("float32", 17, 17), shape=(3, 1), seed=0)
@@ -93,7 +94,7 @@ def magnitudes(draw):
     shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     seed=st.integers(0, 99),
 )
-def test_numbers_of_any_size(query, magnitudes, shape, seed):
+def test_numbers_of_any_size(query, library, magnitudes, shape, seed):
     """Right digits, or an error or a warning that names the cause, or infinity by right."""
     dtype, exponent, damping_exponent = magnitudes
     rng = np.random.default_rng(seed)
@@ -107,7 +108,7 @@ def test_numbers_of_any_size(query, magnitudes, shape, seed):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            y = np.asarray(QUERIES[query](g, x, damping))
+            y = np.asarray(QUERIES[query](library.asarray(g), library.asarray(x), damping))
         except ValueError as error:
             if any(words in str(error) for words in ("damping must", "too large", "overflow")):
                 return

@@ -61,6 +61,8 @@ def inverse(home: Home, a: Array) -> Array:
 def add_rank_two(home: Home, a: Array, p: Array, signs: tuple[float, float]) -> Array:
     """Add p diag(signs) pᵀ to a, in place, for p of shape (m, 2) and signs ±1; return a."""
     scaled = p * home.receive(np.asarray(signs))
+    if is_torch_namespace(home.xp):
+        return a.addmm_(scaled, p.T)
     if not home.is_numpy:
         a += scaled @ p.T
         return a

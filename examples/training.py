@@ -175,12 +175,17 @@ def options(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def report(name: str, task: Task, args: argparse.Namespace) -> None:
-    """Compare the optimisers on a task; write the table, the picture and all numbers."""
+def shortened(task: Task, args: argparse.Namespace) -> tuple[Task, range]:
+    """Return the task, of a few steps where a quick run is wanted, and the seeds."""
     torch.set_num_threads(1)
     if args.quick:
-        task = replace(task, steps=POINTS)
-    seeds = range(args.seed, args.seed + (1 if args.quick else args.seeds))
+        return replace(task, steps=POINTS), range(args.seed, args.seed + 1)
+    return task, range(args.seed, args.seed + args.seeds)
+
+
+def report(name: str, task: Task, args: argparse.Namespace) -> None:
+    """Compare the optimisers on a task; write the table, the picture and all numbers."""
+    task, seeds = shortened(task, args)
     records = compare(task, seeds, rates_tried=1 if args.quick else None)
     settings = {"steps": task.steps, "window": WINDOW, "density": DENSITY}
     settings["rates"] = {name: rates for name, (_, rates) in OPTIMIZERS.items()}

@@ -331,10 +331,10 @@ class SlidingInverseFisher(DampedInverse):
 
     def _combine_held(self, c: Array, dtype: Any) -> Array:
         """Gᵀc, in float64 products where its terms cancel."""
-        exact, cancellation = self._rows.always_exact, 1.0
-        if self._rows.home.is_host or not exact:  # a device would have to be waited for
-            cancellation = self._dual.cancellation(c)
-            exact = exact or cancellation > LARGEST_CANCELLATION
+        if self._rows.always_exact:  # to look at it would mean to wait for the device
+            return self._rows.combine(c, None, 1.0, dtype=dtype, exact=True)
+        cancellation = self._dual.cancellation(c)
+        exact = cancellation > LARGEST_CANCELLATION
         y = self._rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
         if cancellation > LARGEST_MEASURABLE_CANCELLATION:
             left = float(self._rows.square_norms(y)) ** 0.5

@@ -97,8 +97,18 @@ def test_cancellation_compares_terms_with_their_sum(rng):
 
 def test_homes():
     import array_api_strict
+    import jax
     import torch
 
-    assert home_of(torch.ones(2)).is_numpy
+    for x in (np.ones(2), jax.numpy.ones(2)):
+        assert home_of(x).is_numpy
+        assert home_of(x).is_host
+    home = home_of(torch.ones(2, requires_grad=True))
+    assert home.is_host
+    assert not home.is_numpy
+    received = home.receive(torch.ones(2, requires_grad=True))
+    assert received.dtype == torch.float64
+    assert not received.requires_grad
+    assert not home_of(torch.ones(2, device="meta")).is_host
     device = array_api_strict.Device("device1")
     assert home_of(array_api_strict.ones(2, device=device)).device == device

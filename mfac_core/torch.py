@@ -305,8 +305,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         sizes = [p.numel() for p in self._parameters()]
         pieces = direction.split(sizes)
         lengths = torch.stack(torch._foreach_norm(pieces))
-        counts = lengths.new_tensor(sizes)
-        if bool(torch.count_nonzero(direction) < len(direction)):
+        if direction.is_cpu and int(torch.count_nonzero(direction)) == len(direction):
+            counts = lengths.new_tensor(sizes)  # one look is cheaper; a device would be waited for
+        else:
             counts = torch.stack([torch.count_nonzero(piece) for piece in pieces]).to(g.dtype)
         scales = counts.sqrt() / lengths.clamp_min(tiny)
         torch._foreach_mul_(pieces, scales.unbind())

@@ -1,12 +1,14 @@
-"""Several threads on one operator, and Ctrl-C in the middle of a change."""
+"""Around a change: several threads on one operator, Ctrl-C, and PyTorch's inference mode."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -20,10 +22,18 @@ def serialised(method: Method) -> Method:
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
+        with self._lock, lasting_tensors():
             return method(self, *args, **kwargs)
 
     return alone  # type: ignore[return-value]
+
+
+def lasting_tensors() -> AbstractContextManager[Any]:
+    """Leave PyTorch's inference mode: what is made in it cannot be written to after it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)  # type: ignore[no-any-return]
 
 
 class Lock:

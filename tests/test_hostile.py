@@ -126,6 +126,22 @@ def test_numbers_of_any_size(query, library, magnitudes, shape, seed):
         assert error <= 5e-2 * np.max(np.abs(expected)) + tiny
 
 
+def test_a_window_outlives_the_inference_mode_it_was_filled_in(rng):
+    g = torch.from_numpy(rng.standard_normal((12, 9)))
+    window = mfac.SlidingInverseFisher(9, 5, damping=0.1)
+    with torch.inference_mode():
+        for row in g[:4].clone():
+            window.append_matvec(row)
+        saved = window.state_dict()
+    for row in g[4:]:
+        y = window.append_matvec(row)
+    assert relative_error(y, mfac.ihvp(g[-5:].numpy(), g[-1].numpy(), damping=0.1)) <= 1e-9
+    with torch.inference_mode():
+        window.load_state_dict(saved)
+    window.append(g[4])
+    assert relative_error(window.gradients, g[:5].numpy()) == 0.0
+
+
 PLAIN = np.arange(12, dtype="float64").reshape(3, 4) / 7.0 + np.eye(3, 4)
 
 LAYOUTS = {

@@ -11,7 +11,8 @@ from networks import track
 from pruning_report import save, select, spread, table
 from training import DEFAULT, Task, mfac, run, shortened
 
-WINDOWS = (4, 16, 64, 256, 1024)
+WINDOWS = (1, 4, 16, 64, 256, 1024)
+"""With one gradient F⁻¹g is a multiple of g: what is left is the scale-free step alone."""
 
 
 def report_windows(name: str, task: Task, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Vary the size of M-FAC's window on a task, at the default learning rate."""
+"""Vary the size of M-FAC's window on a task, at two learning rates."""
 
 from __future__ import annotations
 
@@ -13,29 +13,41 @@ from training import DEFAULT, Task, mfac, run, shortened
 
 WINDOWS = (1, 4, 16, 64, 256, 1024)
 """With one gradient F⁻¹g is a multiple of g: what is left is the scale-free step alone."""
+RATES = (0.003, DEFAULT)
+COLOURS = ("#56B4E9", "#0072B2")
 
 
 def report_windows(name: str, task: Task, args: argparse.Namespace) -> None:
     """Train with each window from every seed; write the table, the picture and all numbers."""
     task, seeds = shortened(task, args)
     records = [
-        {"window": m, **run(task, functools.partial(mfac, window=m), DEFAULT, seed)}
+        {"window": m, **run(task, functools.partial(mfac, window=m), lr, seed)}
         for m in track(WINDOWS, "windows")
+        for lr in RATES
         for seed in seeds
     ]
+    write(name, task, records, args.output)
+
+
+def write(name: str, task: Task, records: list[dict], folder: Path) -> None:
+    """Write the table, the picture and all numbers."""
+
+    def cell(value: str, m: int, lr: float) -> str:
+        return spread(select(records, value, window=m, rate=lr))
+
     rows = [
         [
             f"{m}",
-            spread(select(records, "test", window=m)),
-            spread(select(records, "loss", window=m)),
+            *(cell(value, m, lr) for value in ("test", "loss") for lr in RATES),
             f"{1000 * np.mean(select(records, 'seconds', window=m)) / task.steps:.1f}",
         ]
         for m in WINDOWS
     ]
-    header = ["window", task.measure, "training loss", "ms a step"]
-    tables = {"table": table(header, rows)}
-    save(args.output, name, {"rate": DEFAULT, "steps": task.steps}, records, tables)
-    draw(args.output / f"{name}.png", task, records)
+    header = ["window"]
+    header += [f"{what}, rate {lr}" for what in (task.measure, "training loss") for lr in RATES]
+    tables = {"table": table([*header, "ms a step"], rows)}
+    save(folder, name, {"rates": RATES, "steps": task.steps}, records, tables)
+    draw(folder / f"{name}.png", task, records)
 
 
 def draw(path: Path, task: Task, records: list[dict]) -> None:
@@ -44,18 +56,22 @@ def draw(path: Path, task: Task, records: list[dict]) -> None:
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     figure.suptitle(f"{task.title}, by the size of M-FAC's window")
+    panels = figure.subplots(1, 3)
     for axes, value, label, scale in zip(
-        figure.subplots(1, 3),
+        panels,
         ("test", "loss", "seconds"),
         (task.measure, "training loss", "ms a step, one core"),
         (1.0, 1.0, 1000 / task.steps),
         strict=True,
     ):
-        runs = scale * np.array([select(records, value, window=m) for m in WINDOWS])
-        axes.fill_between(WINDOWS, runs.min(1), runs.max(1), color="#0072B2", alpha=0.15, lw=0)
-        axes.plot(WINDOWS, runs.mean(1), "o-", color="#0072B2")
+        for lr, colour in zip(RATES, COLOURS, strict=True):
+            runs = [scale * np.array(select(records, value, window=m, rate=lr)) for m in WINDOWS]
+            lowest, highest = (np.array([f(some) for some in runs]) for f in (np.min, np.max))
+            axes.fill_between(WINDOWS, lowest, highest, color=colour, alpha=0.15, lw=0)
+            axes.plot(WINDOWS, np.mean(runs, axis=1), "o-", color=colour, label=f"rate {lr}")
         axes.set(xscale="log", xlabel="window size", ylabel=label)
         axes.set_xticks(WINDOWS, WINDOWS, minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
+    panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)

@@ -26,9 +26,8 @@ def network() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1))
 
 
-def main() -> None:
-    """Compare a few steps over ranks with the same on one."""
-    dist.init_process_group("gloo")
+def compare() -> None:
+    """Take a few steps over ranks and the same on one, and print how far they are apart."""
     rank, size = dist.get_rank(), dist.get_world_size()
     alone, model = network(), DistributedDataParallel(network())
     ordinary = MFAC(alone.parameters(), **OPTIONS)
@@ -48,6 +47,12 @@ def main() -> None:
     error = (torch.linalg.norm(difference) / torch.linalg.norm(expected)).item()
     held = spread.optim.window.num_params
     print(f"rank {rank} of {size}: {held} columns, relative error {error:.1e}", flush=True)
+
+
+def main() -> None:
+    """Compare, between setting the ranks up and leaving them."""
+    dist.init_process_group("gloo")
+    compare()  # whose models are gone before the group that they communicate by
     dist.destroy_process_group()
 
 

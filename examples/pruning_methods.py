@@ -12,7 +12,7 @@ from networks import evaluate, gradient_rows, set_weights, weights_of
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from mfac_core.pruning import prune
+from mfac_core.pruning import exponential_schedule, gradual, prune
 
 
 @dataclass
@@ -162,26 +162,21 @@ def two_of_four(run: Run) -> dict[str, torch.Tensor]:
     }
 
 
-def steps(before: float, after: float, ratio: float = 0.75) -> list[float]:
-    """Return sparsities that end in ``after``, each keeping at least ``ratio`` of the weights."""
+def steps(before: float, after: float) -> list[float]:
+    """Return sparsities that end in ``after``, each keeping at least 3/4 of what was left."""
     kept = (1 - after) / (1 - before)
-    count = math.ceil(math.log(kept) / math.log(ratio))
-    return [1 - (1 - before) * kept ** (k / count) for k in range(1, count)] + [after]
+    count = math.ceil(math.log(kept) / math.log(0.75))
+    return exponential_schedule(after, count, initial=before)
 
 
 def _recomputed(run: Run, sparsities: Sequence[float], update: str) -> list[torch.Tensor]:
-    weights, mask = run.weights, None
-    damping = run.damping_in_steps or run.damping
-    results = []
-    for before, after in pairwise((0.0, *sparsities)):
-        for sparsity in steps(before, after):
-            gradients = run.gradients if mask is None else run.fresh(weights)
-            weights, mask, _ = prune(
-                weights, gradients, mask=mask, sparsity=sparsity, stages=1, update=update,
-                damping=damping, block_size=run.block_size,
-            )  # fmt: skip
-        results.append(weights)
-    return results
+    parts = [steps(before, after) for before, after in pairwise((0.0, *sparsities))]
+    schedule = [sparsity for part in parts for sparsity in part]
+    states = gradual(
+        run.weights, lambda weights, mask: run.fresh(weights), sparsity=schedule, update=update,
+        damping=run.damping_in_steps or run.damping, block_size=run.block_size,
+    )  # fmt: skip
+    return [state.weights for state in states if schedule[state.step - 1] in sparsities]
 
 
 def _remove_lowest(weights: torch.Tensor, scores: torch.Tensor, sparsity: float) -> torch.Tensor:

@@ -39,9 +39,6 @@ CHANGES: dict[str, list[dict]] = {
         {"rows": 64},
         {"average": 1},
         {"average": 1, "damping": 1e-1},
-        *({"damping": damping} for damping in (1e-4, 1e-3, 1e-1)),
-        *({"block_size": size} for size in (16, 128)),
-        {"rows": 64, "block_size": 16},
     ],
 }
 BLOCKS = (4, 16, 64, 256, 1024, None)

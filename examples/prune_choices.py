@@ -36,7 +36,6 @@ CHANGES: dict[str, list[dict]] = {
     ],
     "cnn": [
         {},
-        {"rows": 64},
         {"average": 1},
         {"average": 1, "damping": 1e-1},
     ],

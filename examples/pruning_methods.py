@@ -181,7 +181,7 @@ def _recomputed(run: Run, sparsities: Sequence[float], update: str) -> list[torc
 
 def _mean_squares(gradients: torch.Tensor) -> torch.Tensor:
     """Return the Fisher matrix's diagonal, without a copy of the gradients."""
-    return torch.linalg.vector_norm(gradients, dim=0) ** 2 / len(gradients)
+    return torch.linalg.vector_norm(gradients, dim=0, dtype=torch.float32) ** 2 / len(gradients)
 
 
 def _remove_lowest(weights: torch.Tensor, scores: torch.Tensor, sparsity: float) -> torch.Tensor:

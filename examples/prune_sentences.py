@@ -29,12 +29,12 @@ from torch.nn.utils import parameters_to_vector
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
 METHOD_NAMES = ("magnitude", "diagonal Fisher", "the paper's", "joint")
-SETTINGS = {"rows": 256, "average": 8, "damping": 1e-5}
+SETTINGS = {"rows": 256, "average": 8, "damping": 1e-5, "block_size": 32}
 TESTED = 256
 """Number of sentences whose similarities are compared."""
 CHOSEN_AT = 0.5
 """Sparsity at which λ and the lengths of blocks are compared."""
-BLOCKS = ("a layer", 32)
+BLOCKS: tuple[int | str, ...] = ("a layer", 32)
 """Lengths of the Fisher matrix's blocks that are compared."""
 DAMPINGS = (1e-6, 1e-5, 1e-4)
 """Values of λ that are compared."""
@@ -151,7 +151,6 @@ def prepared(seed: int, quick: bool) -> tuple[Run, Likeness, Likeness]:
     of_test, of_choice = (
         Likeness(layers, embed, some) for some in (texts[:tested], texts[-tested:])
     )
-    sizes = [sum(p.numel() for p in weights_of(layer)) for layer in layers.layer]
 
     def fresh(weights: torch.Tensor) -> torch.Tensor:
         set_weights(layers, weights)
@@ -161,8 +160,16 @@ def prepared(seed: int, quick: bool) -> tuple[Run, Likeness, Likeness]:
         return of_choice(weights)["distance"]
 
     weights = of_test.weights
-    run = Run(weights, fresh(weights), fresh, loss, SETTINGS["damping"], sizes)
+    block_size = block_lengths(SETTINGS["block_size"], layers)
+    run = Run(weights, fresh(weights), fresh, loss, SETTINGS["damping"], block_size)
     return run, of_test, of_choice
+
+
+def block_lengths(size: int | str, layers: torch.nn.Module) -> int | list[int]:
+    """Return the lengths of the Fisher matrix's blocks where ``size`` may be "a layer"."""
+    if size != "a layer":
+        return size
+    return [sum(p.numel() for p in weights_of(layer)) for layer in layers.layer]
 
 
 def records_of(seed: int, quick: bool) -> list[dict]:
@@ -182,8 +189,8 @@ def choices_of(seed: int, quick: bool) -> list[dict]:
     choices = list(product(BLOCKS, DAMPINGS[:1]) if quick else product(BLOCKS, DAMPINGS))
     records = []
     for size, damping in track(choices, f"choices, seed {seed}"):
-        block_size = run.block_size if size == "a layer" else size
-        pruned = run.prune(sparsity=CHOSEN_AT, damping=damping, block_size=block_size)
+        lengths = block_lengths(size, measure.layers)
+        pruned = run.prune(sparsity=CHOSEN_AT, damping=damping, block_size=lengths)
         records.append({"seed": seed, "block_size": size, "damping": damping, **measure(pruned)})
     return records
 

@@ -211,6 +211,16 @@ def choice_table(records: list[dict]) -> str:
     return table(header, rows)
 
 
+def write(records: list[dict], folder: Path) -> None:
+    """Write tables and all numbers."""
+    tables = {
+        "spearman": accuracies(records, "rank correlation at", "spearman"),
+        "distance": accuracies(records, "½‖f − f₀‖² at", "distance"),
+        "predicted": accuracies(records, "the same if f were linear, at", "predicted"),
+    }
+    save(folder, "sentences", SETTINGS, records, tables)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prune, write."""
     parser = argparse.ArgumentParser(description="pruning a sentence encoder")
@@ -227,12 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         save(args.output, "sentences-choices", SETTINGS, records, {"table": choice_table(records)})
         return
     records = [record for seed in seeds for record in records_of(seed, args.quick)]
-    tables = {
-        "spearman": accuracies(records, "rank correlation at", "spearman"),
-        "distance": accuracies(records, "½‖f − f₀‖² at", "distance"),
-        "predicted": accuracies(records, "the same if f were linear, at", "predicted"),
-    }
-    save(args.output, "sentences", SETTINGS, records, tables)
+    write(records, args.output)
 
 
 if __name__ == "__main__":

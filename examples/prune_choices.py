@@ -44,7 +44,7 @@ BLOCKS = (4, 16, 64, 256, 1024, None)
 """Lengths of blocks, None for the whole Fisher matrix."""
 ROWS = {"digits": (50, 150, 600), "cnn": (64, 256)}
 """Numbers of rows that the lengths of blocks are tried with."""
-DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """What λ is chosen from for each length of blocks and number of rows."""
 
 

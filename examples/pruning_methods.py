@@ -12,7 +12,7 @@ from networks import evaluate, gradient_rows, set_weights, weights_of
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from mfac_core.pruning import prune
+from mfac_core.pruning import exponential_schedule, gradual, prune
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Run:
         From weights to the loss on calibration data.
     damping : float
         λ.
-    block_size : int or None
-        Length of the diagonal blocks of the Fisher matrix; None for the whole of it.
+    block_size : int, list of int or None
+        Length or lengths of the diagonal blocks of the Fisher matrix; None for the whole of it.
     damping_in_steps : float or None
         λ where gradients are recomputed; None for the same.
     """
@@ -42,7 +42,7 @@ class Run:
     fresh: Callable[[torch.Tensor], torch.Tensor]
     loss: Callable[[torch.Tensor], float]
     damping: float
-    block_size: int | None = None
+    block_size: int | list[int] | None = None
     damping_in_steps: float | None = None
 
     def prune(self, **options: object) -> torch.Tensor:
@@ -93,7 +93,7 @@ def magnitude(run: Run, sparsities: Sequence[float]) -> list[torch.Tensor]:
 
 def diagonal_fisher(run: Run, sparsities: Sequence[float]) -> list[torch.Tensor]:
     """Remove the weights of lowest ½ F_ii w_i²."""
-    scores = run.weights**2 * (run.gradients**2).mean(dim=0)
+    scores = run.weights**2 * _mean_squares(run.gradients)
     return [_remove_lowest(run.weights, scores, s) for s in sparsities]
 
 
@@ -150,7 +150,7 @@ METHODS: dict[str, Curve] = {
 
 def two_of_four(run: Run) -> dict[str, torch.Tensor]:
     """Keep two of every four adjacent weights, by each method that fits the pattern."""
-    diagonal = run.weights**2 * (run.gradients**2).mean(dim=0)
+    diagonal = run.weights**2 * _mean_squares(run.gradients)
     pattern = {"pattern": "2:4"}
     return {
         "magnitude": _keep_two(run.weights, run.weights.abs()),
@@ -162,26 +162,26 @@ def two_of_four(run: Run) -> dict[str, torch.Tensor]:
     }
 
 
-def steps(before: float, after: float, ratio: float = 0.75) -> list[float]:
-    """Return sparsities that end in ``after``, each keeping at least ``ratio`` of the weights."""
+def steps(before: float, after: float) -> list[float]:
+    """Return sparsities that end in ``after``, each keeping at least 3/4 of what was left."""
     kept = (1 - after) / (1 - before)
-    count = math.ceil(math.log(kept) / math.log(ratio))
-    return [1 - (1 - before) * kept ** (k / count) for k in range(1, count)] + [after]
+    count = math.ceil(math.log(kept) / math.log(0.75))
+    return exponential_schedule(after, count, initial=before)
 
 
 def _recomputed(run: Run, sparsities: Sequence[float], update: str) -> list[torch.Tensor]:
-    weights, mask = run.weights, None
-    damping = run.damping_in_steps or run.damping
-    results = []
-    for before, after in pairwise((0.0, *sparsities)):
-        for sparsity in steps(before, after):
-            gradients = run.gradients if mask is None else run.fresh(weights)
-            weights, mask, _ = prune(
-                weights, gradients, mask=mask, sparsity=sparsity, stages=1, update=update,
-                damping=damping, block_size=run.block_size,
-            )  # fmt: skip
-        results.append(weights)
-    return results
+    parts = [steps(before, after) for before, after in pairwise((0.0, *sparsities))]
+    schedule = [sparsity for part in parts for sparsity in part]
+    states = gradual(
+        run.weights, lambda weights, mask: run.fresh(weights), sparsity=schedule, update=update,
+        damping=run.damping_in_steps or run.damping, block_size=run.block_size,
+    )  # fmt: skip
+    return [state.weights for state in states if schedule[state.step - 1] in sparsities]
+
+
+def _mean_squares(gradients: torch.Tensor) -> torch.Tensor:
+    """Return the Fisher matrix's diagonal, without a copy of the gradients."""
+    return torch.linalg.vector_norm(gradients, dim=0, dtype=torch.float32) ** 2 / len(gradients)
 
 
 def _remove_lowest(weights: torch.Tensor, scores: torch.Tensor, sparsity: float) -> torch.Tensor:

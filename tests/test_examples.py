@@ -159,6 +159,7 @@ def test_pruning_digits(tmp_path):
 def test_choices_in_pruning(tmp_path):
     load("prune_choices.py").main(["--quick", "--output", str(tmp_path)])
     assert len(tables(tmp_path)["choices-digits-table"]) == 2 + 2
+    assert len(tables(tmp_path)["blocks-digits-table"]) == 2 + 2
 
 
 @pytest.mark.usefixtures("siblings")
@@ -187,6 +188,8 @@ def test_pruning_a_sentence_encoder(tmp_path):
     pytest.importorskip("transformers", reason=reason)
     load("prune_sentences.py").main(["--quick", "--output", str(tmp_path)])
     assert len(tables(tmp_path)["sentences-spearman"]) == 2 + 2
+    load("prune_sentences.py").main(["--quick", "--choose", "--output", str(tmp_path)])
+    assert len(tables(tmp_path)["sentences-choices-table"]) == 2 + 1
 
 
 def test_the_benchmark_of_a_card_says_what_it_needs():

@@ -186,9 +186,10 @@ def prune(
     damping : float
         λ > 0.
     block_size : int or sequence of int, optional
-        Use the diagonal blocks of F of these lengths; by default the whole of F, which is the
-        better model where it can be told from noise. As a rule take blocks, of about 128, where
-        there are more than about a thousand weights for each row.
+        Use the diagonal blocks of F of these lengths; by default the whole of F. On small networks,
+        with 20 to 1,500 weights for each row, blocks of about 1,000 were level with it or ahead,
+        under a smaller λ. In a transformer's layers, with 6,900, blocks of 32 were far ahead: over
+        so many weights the saliency ranks nearly as the magnitude does.
     gradient : array, shape (d,), optional
         g, the mean gradient of the loss at ``weights``, where they are not at a minimum. The
         kept weights then take Newton's step as well, see :func:`obs_update`.

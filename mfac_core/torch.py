@@ -326,12 +326,15 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                 step = self._velocity[part].lerp_(step, 1.0 - momentum)
             lr = float(group["lr"])
             decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            for p, piece in zip(group["params"], step.split(sizes), strict=True):
-                if p.grad is None:
-                    continue
-                if decay:
-                    p.mul_(1.0 - lr * decay)
-                p.add_(piece.view(p.shape).to(p.device), alpha=-lr)
+            pairs = zip(group["params"], step.split(sizes), strict=True)
+            moved = [(p, piece) for p, piece in pairs if p.grad is not None]
+            if not moved:
+                continue
+            parameters = [p for p, _ in moved]
+            if decay:
+                torch._foreach_mul_(parameters, 1.0 - lr * decay)
+            pieces = [piece.view(p.shape).to(p.device) for p, piece in moved]
+            torch._foreach_add_(parameters, pieces, alpha=-lr)
 
     # -- state -----------------------------------------------------------------------------
 

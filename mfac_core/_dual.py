@@ -54,6 +54,7 @@ class Dual:
         self._factor: Array | None = None
         self._inverse: Array | None = None
         self._replaced = 0  # rows replaced since K was computed
+        self._norm: float | None = None  # of the Gram
         self._probe: Array | None = None  # last vector of the power iteration
         self.doubt: Array | None = None  # on a device, [0] or more where K is to be given up
 
@@ -70,7 +71,7 @@ class Dual:
 
     def set_gram(self, gram: Array) -> None:
         """Exchange the Gram, for one computed more accurately or of other gradients."""
-        self.gram = gram
+        self.gram, self._norm = gram, None
         self.forget()
 
     def forget(self) -> None:
@@ -92,7 +93,7 @@ class Dual:
         if self._inverse is None and self._factor is not None:
             self._inverse = dense.inverse(self.home, self._matrix(self.shift))
             self._replaced = 0
-        self._factor = None
+        self._factor = self._norm = None
         if self._inverse is not None and self._replaced >= max(len(self), 16):
             self._inverse = None
         if self._inverse is not None:
@@ -239,9 +240,11 @@ class Dual:
         return norm
 
     def gram_norm(self) -> float:
-        """Return ‖GGᵀ‖∞, which is no less than its largest eigenvalue; O(m²)."""
-        xp = self.home.xp
-        return float(xp.max(xp.sum(xp.abs(self.gram), axis=1)))
+        """Return ‖GGᵀ‖∞, which is no less than its largest eigenvalue; O(m²) after a change."""
+        if self._norm is None:
+            xp = self.home.xp
+            self._norm = float(xp.max(xp.sum(xp.abs(self.gram), axis=1)))
+        return self._norm
 
     def largest_square_norm(self) -> float:
         """Return max ‖gᵢ‖²."""

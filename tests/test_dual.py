@@ -95,6 +95,25 @@ def test_cancellation_compares_terms_with_their_sum(rng):
     assert dual.cancellation(np.array([1.0, -1.0, 0.0])) > 1e6
 
 
+def test_the_norm_of_the_gram_follows_every_change(rng):
+    g = rng.standard_normal((4, 9))
+    dual = Dual(g @ g.T, 0.1, Home(np, "cpu"))
+
+    def check():
+        assert dual.gram_norm() == pytest.approx(np.linalg.norm(dual.gram, np.inf), rel=1e-14)
+
+    check()
+    dual.factor()
+    g[2] *= 10.0
+    dual.replace(2, g @ g[2])
+    assert dual.gram[2, 2] == pytest.approx(g[2] @ g[2])
+    check()
+    dual.grow()
+    check()
+    dual.set_gram(9.0 * g @ g.T)
+    check()
+
+
 def test_homes():
     import array_api_strict
     import jax

@@ -9,7 +9,6 @@ numbers to ``docs/results``.
 
 from __future__ import annotations
 
-import argparse
 from itertools import product
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import prune_fashion
 from datasets import Split, fashion_mnist
 from networks import evaluate, set_weights, track
 from pruning_methods import METHODS, run_of
-from pruning_report import RESULTS, Yardstick, save, select, spread, table, unique
+from pruning_report import Yardstick
+from reporting import options, save, seeds_of, select, spread, table, unique
 from torch import nn
 
 METHOD_NAMES = ("the paper's", "joint", "joint, `loss=`")
@@ -129,22 +129,18 @@ def written(change: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, prune, write."""
-    parser = argparse.ArgumentParser(description="choices in one-shot pruning")
+    parser = options("choices in one-shot pruning")
     parser.add_argument("--network", choices=list(CHANGES), default="digits")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run")
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's four IDX files")
     parser.add_argument(
         "--cache", type=Path, default=prune_fashion.CACHE, help="folder for trained networks"
     )
-    parser.add_argument("--quick", action="store_true", help="one short run")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
 
     network = args.network
     changes = CHANGES[network][1:3] if args.quick else CHANGES[network]
     records, block_records = [], []
-    for seed in range(args.seed, args.seed + (1 if args.quick else args.seeds)):
+    for seed in seeds_of(args):
         if network == "digits":
             model, data = prune_digits.prepared(seed, prune_digits.EPOCHS)
         else:

@@ -7,14 +7,12 @@ numbers to ``docs/results``.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from datasets import Split, digits
 from networks import digits_mlp, track, train
 from pruning_methods import METHODS, run_of
-from pruning_report import RESULTS, Yardstick, accuracies, draw, rises, save
+from pruning_report import Yardstick, accuracies, draw, rises
+from reporting import options, save, seeds_of
 from torch import nn
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -49,15 +47,11 @@ def records_of(seed: int, epochs: int, names: list[str], settings: dict) -> list
 
 def main(argv: list[str] | None = None) -> None:
     """Train, prune, write."""
-    parser = argparse.ArgumentParser(description="pruning an MLP on the digits")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run")
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs")
-    parser.add_argument("--quick", action="store_true", help="one short run")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser = options("pruning an MLP on the digits")
     args = parser.parse_args(argv)
 
     settings = SETTINGS | ({"rows": 50} if args.quick else {})
-    seeds = range(args.seed, args.seed + (1 if args.quick else args.seeds))
+    seeds = seeds_of(args)
     in_one_shot = ["magnitude", "diagonal Fisher", "the paper's", "joint", "joint, staged"]
     records = [r for seed in seeds for r in records_of(seed, EPOCHS, list(METHODS), settings)]
     again = EPOCHS if args.quick else LONGER

@@ -8,7 +8,6 @@ all numbers to ``docs/results``. Trained networks are kept in ``--cache``.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import torch
 from datasets import Split, fashion_mnist
 from networks import cnn, evaluate, resnet, statistics_of, track, train
 from pruning_methods import METHODS, run_of, two_of_four
-from pruning_report import RESULTS, Yardstick, accuracies, draw, rises, save
+from pruning_report import Yardstick, accuracies, draw, rises
+from reporting import options, save, seeds_of
 from torch import nn
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -106,19 +106,15 @@ def write(network: str, records: list[dict], folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, prune, write."""
-    parser = argparse.ArgumentParser(description="pruning on Fashion-MNIST")
+    parser = options("pruning on Fashion-MNIST")
     parser.add_argument("--network", choices=list(NETWORKS), default="cnn")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run")
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs")
     parser.add_argument("--data", type=Path, help="folder of the four IDX files")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for trained networks")
-    parser.add_argument("--quick", action="store_true", help="one short run")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
 
     data = fashion_mnist(args.data)
     records = []
-    for seed in range(args.seed, args.seed + (1 if args.quick else args.seeds)):
+    for seed in seeds_of(args):
         model = prepared(args.network, seed, data, args.cache, quick=args.quick)
         records += records_of(args.network, seed, model, data, args.quick)
     write(args.network, records, args.output)

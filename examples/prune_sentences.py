@@ -12,7 +12,6 @@ a third set of sentences. Writes tables and all numbers to ``docs/results``. Tak
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 from collections.abc import Callable
@@ -23,7 +22,8 @@ import numpy as np
 import torch
 from networks import set_weights, track, weights_of
 from pruning_methods import METHODS, Run
-from pruning_report import RESULTS, accuracies, save, select, spread, table, unique
+from pruning_report import accuracies
+from reporting import options, save, seeds_of, select, spread, table, unique
 from scipy.stats import spearmanr
 from torch.nn.utils import parameters_to_vector
 
@@ -223,15 +223,11 @@ def write(records: list[dict], folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prune, write."""
-    parser = argparse.ArgumentParser(description="pruning a sentence encoder")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run")
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs")
+    parser = options("pruning a sentence encoder")
     parser.add_argument("--choose", action="store_true", help="compare λ and lengths of blocks")
-    parser.add_argument("--quick", action="store_true", help="one short run")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
 
-    seeds = range(args.seed, args.seed + (1 if args.quick else args.seeds))
+    seeds = seeds_of(args)
     if args.choose:
         records = [record for seed in seeds for record in choices_of(seed, args.quick)]
         save(args.output, "sentences-choices", SETTINGS, records, {"table": choice_table(records)})

@@ -1,11 +1,10 @@
-"""What pruning did: measured as records, written as JSON, Markdown tables and a picture.
+"""What pruning did: measured as records, and shown as tables and a picture.
 
 A record is a dict with ``seed``, ``method``, ``sparsity`` and what :class:`Yardstick` measures.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +12,8 @@ import numpy as np
 import torch
 from networks import evaluate, gradient_rows, set_weights
 from pruning_methods import Run
+from reporting import select, spread, table, unique
 from torch import nn
-
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 STYLES = {
     "magnitude": ("#999999", "o", "-"),
@@ -63,28 +61,6 @@ class Yardstick:
         }
 
 
-def select(records: Sequence[dict], value: str, **where: object) -> list[float]:
-    """Return one value of the records that agree with ``where``, seed by seed."""
-    return [r[value] for r in records if all(r[key] == wanted for key, wanted in where.items())]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Write the mean over seeds, with the range in brackets."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def unique(records: Sequence[dict], key: str) -> list:
-    """Return the values of a key in the order of their first record."""
-    return list(dict.fromkeys(record[key] for record in records))
-
-
 def accuracies(
     records: Sequence[dict], corner: str = "test accuracy at", value: str = "accuracy"
 ) -> str:
@@ -108,17 +84,6 @@ def rises(records: Sequence[dict], sparsity: float) -> str:
     values = ("predicted", "rise", "calibration")
     rows = [[m, *(cell(m, value) for value in values)] for m in unique(records, "method")]
     return table(header, rows)
-
-
-def save(folder: Path, name: str, settings: dict, records: list, tables: dict[str, str]) -> None:
-    """Write name.json, and name-key.md for each table, and print the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"settings": settings, "records": records}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    for key, text in tables.items():
-        path = folder / f"{name}-{key}.md"
-        path.write_text(text)
-        print(f"\n{path}\n\n{text}")
 
 
 def draw(path: Path, records: Sequence[dict], title: str) -> None:

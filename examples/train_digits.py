@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from datasets import digits
 from networks import digits_mlp, evaluate
+from reporting import options
 from torch import Tensor
-from training import Task, options, report
+from training import Task, report
 from training_windows import report_windows
 
 STEPS, BATCH = 300, 64

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from datasets import fashion_mnist
 from networks import cnn, evaluate
+from reporting import options
 from torch import Tensor
-from training import Task, options, report
+from training import Task, report
 from training_windows import report_windows
 
 STEPS, BATCH = 938, 64

@@ -10,9 +10,10 @@ from __future__ import annotations
 from importlib.resources import files
 
 import torch
+from reporting import options
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from training import Task, options, report
+from training import Task, report
 
 STEPS, BATCH, LENGTH, WIDTH = 300, 16, 32, 48
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from networks import track
-from pruning_report import RESULTS, save, select, spread, table, unique
+from reporting import save, seeds_of, select, spread, table, unique
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -165,22 +165,10 @@ def draw(path: Path, task: Task, records: list[dict]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def options(description: str) -> argparse.ArgumentParser:
-    """Return a parser of what every script takes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--seed", type=int, default=0, help="of the first run")
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs")
-    parser.add_argument("--quick", action="store_true", help="one run of a few steps")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
-    return parser
-
-
 def shortened(task: Task, args: argparse.Namespace) -> tuple[Task, range]:
     """Return the task, of a few steps where a quick run is wanted, and the seeds."""
     torch.set_num_threads(1)
-    if args.quick:
-        return replace(task, steps=POINTS), range(args.seed, args.seed + 1)
-    return task, range(args.seed, args.seed + args.seeds)
+    return replace(task, steps=POINTS) if args.quick else task, seeds_of(args)
 
 
 def report(name: str, task: Task, args: argparse.Namespace) -> None:

@@ -1,0 +1,60 @@
+"""What the pruning and the training scripts share: arguments, and records as JSON and tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """Return a parser of what every script takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seed", type=int, default=0, help="of the first run")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs")
+    parser.add_argument("--quick", action="store_true", help="one short run")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    return parser
+
+
+def seeds_of(args: argparse.Namespace) -> range:
+    """Return the seeds to run with: one where the run is short."""
+    return range(args.seed, args.seed + (1 if args.quick else args.seeds))
+
+
+def select(records: Sequence[dict], value: str, **where: object) -> list[float]:
+    """Return one value of the records that agree with ``where``, seed by seed."""
+    return [r[value] for r in records if all(r[key] == wanted for key, wanted in where.items())]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the mean over seeds, with the range in brackets."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def unique(records: Sequence[dict], key: str) -> list:
+    """Return the values of a key in the order of their first record."""
+    return list(dict.fromkeys(record[key] for record in records))
+
+
+def save(folder: Path, name: str, settings: dict, records: list, tables: dict[str, str]) -> None:
+    """Write name.json, and name-key.md for each table, and print the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"settings": settings, "records": records}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    for key, text in tables.items():
+        path = folder / f"{name}-{key}.md"
+        path.write_text(text)
+        print(f"\n{path}\n\n{text}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,22 @@ _ATTRIBUTES = (
     *("window", "window_size", "damping", "density", "window_dtype", "window_device", "reduce"),
     *("skipped_steps", "_velocity"),
 )
+
+
+class _Flat:
+    """A vector with an element for each weight, and its parts in the parameters' shapes.
+
+    The parts are views made once: making them in each step takes as long as what is done to them.
+    """
+
+    def __init__(self, vector: Tensor, shapes: list[Any]) -> None:
+        self.vector, self.shapes = vector, shapes
+        self.sizes = [shape.numel() for shape in shapes]
+        pieces = vector.split(self.sizes)
+        self.parts = [x.view(shape) for x, shape in zip(pieces, shapes, strict=True)]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the copy's parts are views of the copy
+        return _Flat, (self.vector, self.shapes)
 
 
 class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
@@ -127,8 +143,8 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     5
     """
 
-    _buffer: Tensor | None = None
-    """Memory of the gathered gradient: new memory in each step would cost more than filling it."""
+    _work: _Flat | None = None
+    """The gradient, then the direction of a step: memory kept, and holding nothing between them."""
 
     def __init__(
         self,
@@ -162,7 +178,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         self.window_dtype, self.window_device = window_dtype, window_device
         self.reduce = reduce
         self.skipped_steps = 0
-        self._velocity: Tensor | None = None
+        self._velocity: _Flat | None = None
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -225,12 +241,14 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     def _step(self) -> None:
         if self.window is None:
             self.window = self._new_window()
-        g = self._gradient(self.window)
+        if self._work is None:
+            self._work = self._zeros(self.window)
+        self._gather(self._work)
         try:
             if self.damping is None:
-                direction = self._scale_free(self.window, g)
+                self._scale_free(self.window, self._work)
             else:
-                direction = self._precondition(self.window, g)
+                self._precondition(self.window, self._work)
         except NonFiniteError:
             if self.skipped_steps == 0:
                 message = (
@@ -240,7 +258,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
             self.skipped_steps += 1
             return
-        self._move(direction)
+        self._move(self._work)
 
     def _parameters(self) -> list[Any]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -268,73 +286,82 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         options["density"] = self.density
         return SparseSlidingInverseFisher(num_params, self.window_size, **options)
 
-    def _gradient(self, window: SlidingInverseFisher) -> Tensor:
-        """Gather the gradients in one vector beside the window, in at least float32."""
+    def _zeros(self, window: SlidingInverseFisher) -> _Flat:
+        """Return zeros beside the window, in at least float32."""
         dtype = torch.promote_types(self._dtype(), torch.float32)
-        pieces = []
+        zeros = torch.zeros(window.num_params, dtype=dtype, device=window.device)
+        return _Flat(zeros, [p.shape for p in self._parameters()])
+
+    def _given(self) -> Iterator[tuple[dict[str, Any], list[Any], list[int]]]:
+        """Yield each group, its parameters that have a gradient, and their numbers among all."""
+        start = 0
         for group in self.param_groups:
-            coupled = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
-            for p in group["params"]:
-                g = torch.zeros_like(p) if p.grad is None else p.grad
-                if g.layout is not torch.strided:
-                    raise RuntimeError("MFAC does not support sparse gradients")
-                g = g.to(window.device, dtype)
-                if coupled and p.grad is not None:
-                    g = g.add(p.to(g.device), alpha=coupled)
-                pieces.append(g.reshape(-1))
-        self._buffer = torch.cat(pieces, out=self._buffer)
-        return self._buffer
+            numbered = enumerate(group["params"], start)
+            given = [(p, i) for i, p in numbered if p.grad is not None]
+            start += len(group["params"])
+            if given:
+                yield group, [p for p, _ in given], [i for _, i in given]
 
-    def _precondition(self, window: SlidingInverseFisher, g: Tensor) -> Tensor:
-        """Put g into the window and return F⁻¹g."""
+    def _gather(self, work: _Flat) -> None:
+        """Gather the gradients in one vector."""
+        if any(p.grad is None for p in self._parameters()):
+            work.vector.zero_()
+        for group, parameters, numbers in self._given():
+            gradients = [p.grad for p in parameters]
+            if any(g.layout is not torch.strided for g in gradients):
+                raise RuntimeError("MFAC does not support sparse gradients")
+            parts = [work.parts[i] for i in numbers]
+            torch._foreach_copy_(parts, gradients)
+            if group["weight_decay"] and not group["decoupled_weight_decay"]:
+                weights = [p.to(work.vector.device) for p in parameters]
+                torch._foreach_add_(parts, weights, alpha=group["weight_decay"])
+
+    def _precondition(self, window: SlidingInverseFisher, work: _Flat) -> None:
+        """Put the gradient g into the window, and F⁻¹g in its place."""
         if self.density is None:
-            return window.append_matvec(g)
-        window.append(g)  # its append_matvec is F⁻¹ of what it keeps of g: most of g would wait
-        return window.matvec(g)
+            work.vector.copy_(window.append_matvec(work.vector))
+        else:  # append_matvec is F⁻¹ of what the window keeps of g: most of g would wait
+            window.append(work.vector)
+            work.vector.copy_(window.matvec(work.vector))
 
-    def _scale_free(self, window: SlidingInverseFisher, g: Tensor) -> Tensor:
-        """Return F⁻¹g for gradients of length 1, each parameter's part at a root mean square of 1.
+    def _scale_free(self, window: SlidingInverseFisher, work: _Flat) -> None:
+        """Put F⁻¹g in g's place: gradients of length 1, each parameter's part of mean square 1.
 
         Elements that are zero do not count: no gradient in the window reaches them.
         """
+        g = work.vector
         tiny = torch.finfo(g.dtype).tiny
         length = torch.linalg.vector_norm(g)
         if self.reduce is not None:
             length = g.new_tensor(self.reduce(np.array([float(length) ** 2]))[0] ** 0.5)
-        direction = self._precondition(window, g.div_(length.clamp_min(tiny)))
-        sizes = [p.numel() for p in self._parameters()]
-        pieces = direction.split(sizes)
-        lengths = torch.stack(torch._foreach_norm(pieces))
-        if direction.is_cpu and int(torch.count_nonzero(direction)) == len(direction):
-            counts = lengths.new_tensor(sizes)  # one look is cheaper; a device would be waited for
+        g.div_(length.clamp_min(tiny))
+        self._precondition(window, work)
+        lengths = torch.stack(torch._foreach_norm(work.parts))
+        if g.is_cpu and int(torch.count_nonzero(g)) == len(g):
+            counts = lengths.new_tensor(work.sizes)  # one look is cheap; a device would wait
         else:
-            counts = torch.stack([torch.count_nonzero(piece) for piece in pieces]).to(g.dtype)
+            counts = torch.stack([torch.count_nonzero(part) for part in work.parts]).to(g.dtype)
         scales = counts.sqrt() / lengths.clamp_min(tiny)
-        torch._foreach_mul_(pieces, scales.unbind())
-        return direction
+        torch._foreach_mul_(work.parts, scales.unbind())
 
-    def _move(self, direction: Tensor) -> None:
+    def _move(self, work: _Flat) -> None:
         """Take a step along the direction, or along its running mean."""
-        start = 0
-        for group in self.param_groups:
-            sizes = [p.numel() for p in group["params"]]
-            part = slice(start, start + sum(sizes))
-            start, step = part.stop, direction[part]
+        for group, parameters, numbers in self._given():
+            parts = [work.parts[i] for i in numbers]
             if momentum := group["momentum"]:
                 if self._velocity is None:
-                    self._velocity = torch.zeros_like(direction)
-                step = self._velocity[part].lerp_(step, 1.0 - momentum)
+                    self._velocity = _Flat(torch.zeros_like(work.vector), work.shapes)
+                directions, parts = parts, [self._velocity.parts[i] for i in numbers]
+                torch._foreach_lerp_(parts, directions, 1.0 - momentum)
             lr = float(group["lr"])
-            decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            pairs = zip(group["params"], step.split(sizes), strict=True)
-            moved = [(p, piece) for p, piece in pairs if p.grad is not None]
-            if not moved:
-                continue
-            parameters = [p for p, _ in moved]
-            if decay:
-                torch._foreach_mul_(parameters, 1.0 - lr * decay)
-            pieces = [piece.view(p.shape).to(p.device) for p, piece in moved]
-            torch._foreach_add_(parameters, pieces, alpha=-lr)
+            if group["weight_decay"] and group["decoupled_weight_decay"]:
+                torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
+            device = work.vector.device
+            steps = [
+                x if p.device == device else x.to(p.device)
+                for p, x in zip(parameters, parts, strict=True)
+            ]
+            torch._foreach_add_(parameters, steps, alpha=-lr)
 
     # -- state -----------------------------------------------------------------------------
 
@@ -356,7 +383,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
             }
         state["mfac"] = {
             "window": window,
-            "velocity": self._velocity,
+            "velocity": None if self._velocity is None else self._velocity.vector,
             "damping": self.damping,
             "skipped_steps": self.skipped_steps,
         }
@@ -378,15 +405,15 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         """
         if "mfac" not in state_dict:
             raise ValueError("loaded state dict is not of MFAC: it has no entry 'mfac'")
-        own, window = state_dict["mfac"], None
-        velocity = own["velocity"]
+        own, window, velocity = state_dict["mfac"], None, None
         if own["window"] is not None:
             window = self._new_window()
             window.load_state_dict(own["window"])
-            if velocity is not None:
-                velocity = velocity.to(device=window.device, copy=True)
+            if own["velocity"] is not None:
+                velocity = self._zeros(window)
+                velocity.vector.copy_(own["velocity"])
         super().load_state_dict(state_dict)
-        self.window, self._velocity, self._buffer = window, velocity, None
+        self.window, self._velocity, self._work = window, velocity, None
         self.damping, self.skipped_steps = own["damping"], own["skipped_steps"]
 
     def __getstate__(self) -> dict[str, Any]:  # torch's own leaves out what is not its

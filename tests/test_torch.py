@@ -269,7 +269,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(damping, stop, dtype, window_dty
     expected = window_dtype or dtype
     assert str(second[1].window.dtype) == f"torch.{expected}"
     wide = "float64" if dtype == "float64" else "float32"
-    assert str(second[1]._velocity.dtype) == f"torch.{wide}"
+    assert str(second[1]._velocity.vector.dtype) == f"torch.{wide}"
 
 
 def test_a_refused_state_changes_nothing():

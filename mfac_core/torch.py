@@ -109,9 +109,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     gradients, let a scheduler take η to zero.
     ``MFAC(params, lr=1e-2, window_size=64, momentum=0.9)`` is where to start.
 
-    **Parameters without a gradient** keep their values, and count as zeros in the window. So do
-    weights whose gradients a mask has zeroed since the start: F⁻¹g is exactly zero there, and a
-    pruned network stays pruned.
+    **Parameters without a gradient** keep their values and their momentum, and count as zeros in
+    the window. So do weights whose gradients a mask has zeroed since the start: F⁻¹g is exactly
+    zero there, and a pruned network stays pruned.
 
     **Number formats.** The step is computed in at least float32, also for 16-bit parameters and
     windows, and the m × m work in float64. A state keeps the formats; it is not cast to the

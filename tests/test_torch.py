@@ -208,6 +208,23 @@ def test_parameters_without_gradient_stay(rng):
     assert (optimizer.window.gradients[:, 4:] == 0.0).all()
 
 
+def test_momentum_waits_for_the_next_gradient(rng):
+    """As in torch.optim.SGD; with one gradient in the window F⁻¹g is g/(λ + ‖g‖²)."""
+    a, b = parameters_with([torch.randn(4), torch.randn(3)])
+    optimizer = MFAC([a, b], 1.0, window_size=1, damping=0.1, momentum=0.5)
+    optimizer.step()
+    velocity = 1.0 - b.detach()
+    b.grad = None
+    for _ in range(2):
+        a.grad = torch.randn(4)
+        optimizer.step()
+    a.grad, b.grad = torch.zeros(4), torch.tensor([1.0, 0.0, 0.0])
+    before = b.detach().clone()
+    optimizer.step()
+    expected = before - 0.5 * velocity - 0.5 * b.grad / 1.1
+    torch.testing.assert_close(b.detach(), expected)
+
+
 def test_a_step_without_any_gradient_does_nothing():
     model = network()
     optimizer = MFAC(model.parameters(), window_size=3)
@@ -270,6 +287,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(damping, stop, dtype, window_dty
     assert str(second[1].window.dtype) == f"torch.{expected}"
     wide = "float64" if dtype == "float64" else "float32"
     assert str(second[1]._velocity.vector.dtype) == f"torch.{wide}"
+
+
+def test_a_state_goes_on_in_a_wider_model():
+    """The direction is then computed in float64, beside a velocity saved in float32."""
+    model = network()
+    optimizer = MFAC(model.parameters(), 0.1, window_size=4, damping=0.1, momentum=0.9)
+    train(model, optimizer, batches(3))
+    wide = network().double()
+    wide.load_state_dict(model.state_dict())
+    other = MFAC(wide.parameters(), 0.1, window_size=4, damping=0.1, momentum=0.9)
+    other.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, batches(3, seed=2))
+    train(wide, other, ((x.double(), y) for x, y in batches(3, seed=2)))
+    assert relative_error(vector(model), vector(wide)) < 1e-5
 
 
 def test_a_refused_state_changes_nothing():
@@ -407,6 +438,18 @@ def test_copies_of_an_optimizer_before_its_first_step():
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert copied.window_size == 3
         assert copied.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_copy_in_the_middle_of_a_run_goes_on_alone():
+    model = network()
+    optimizer = MFAC(model.parameters(), 0.1, window_size=3, momentum=0.9)
+    train(model, optimizer, batches(4))
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    held = vector(copied_model)
+    train(model, optimizer, batches(4, seed=2))
+    assert np.array_equal(vector(copied_model), held)
+    train(copied_model, copied, batches(4, seed=2))
+    assert np.array_equal(vector(copied_model), vector(model))
 
 
 @pytest.mark.filterwarnings("ignore:MFAC skipped")

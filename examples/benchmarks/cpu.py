@@ -196,11 +196,11 @@ def main(argv: list[str] | None = None) -> None:
         *block_setup(rng, 256 // scale, 32_768 // scale // 64 * 64, 64),
         *block_setup(rng, 256 // scale, 32_768 // scale // 128 * 128, 128),
         *product(rng, 256 // scale, 400_000 // scale, repeats),
-        *window_step(rng, 1024 // scale, 150_000 // scale, repeats),
-        *window_step(rng, 1024 // scale, 20_000 // scale, repeats),
+        *window_step(rng, 1024 // scale, 150_000 // scale, 2 * repeats),
+        *window_step(rng, 1024 // scale, 20_000 // scale, 2 * repeats),
         *sparse_step(rng, 256 // scale, 1_000_000 // scale, repeats),
         *pruning_stages(rng, 512 // scale, 20_000 // scale, 16),
-        *optimizer_step(256 // scale, 60, 4_500 // scale, 2 * repeats),
+        *optimizer_step(256 // scale, 60, 4_500 // scale, 4 * repeats),
     ]
     print("| what | against | measured |\n| --- | --- | --- |")
     for row in rows:

@@ -241,6 +241,8 @@ class Dual:
 
     def gram_norm(self) -> float:
         """Return ‖GGᵀ‖∞, which is no less than its largest eigenvalue; O(m²) after a change."""
+        if not len(self):
+            return 0.0
         if self._norm is None:
             xp = self.home.xp
             self._norm = float(xp.max(xp.sum(xp.abs(self.gram), axis=1)))

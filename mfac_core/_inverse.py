@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,18 @@ from mfac_core._arrays import Array, is_traced, itemsize, promote, send, to_nump
 from mfac_core._dual import Dual
 from mfac_core._guard import serialised, uninterrupted
 from mfac_core._lowrank import LowRankOperator
+from mfac_core._operator import Indices
 from mfac_core._ops import dense
-from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW
+from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW, SMALLEST_FLOAT32_REST
 
 LARGEST_DIAGONAL_ROUNDING = 1e-5
 """Rounding of the Gram relative to 1 − t, above which the diagonal asks for float64 products."""
 
-
 SMALLEST_REST = 2.0**-44
 """What 1 − t, and ‖x − Gᵀc‖ / ‖x‖, must leave in float64 for three right digits."""
 
-SMALLEST_FLOAT32_REST = 2.0**-14
-"""The same for float32 passes, of which more are then done in float64."""
+LARGEST_REFINED_ERROR = 2.0**-6
+"""Estimated relative error of a refined product from which on a warning is due."""
 
 
 class DampedInverse(LowRankOperator):
@@ -82,8 +83,9 @@ class DampedInverse(LowRankOperator):
         -----
         scipy.linalg.LinAlgWarning
             If λ is so small beside the gradients' squared norms that next to nothing is left of
-            ``x`` in the subtraction: for this ``x`` F is singular in float64. Not looked for on
-            a CUDA device, where that would mean to wait.
+            ``x`` in the subtraction: for this ``x`` F is singular in float64. With ``refine``, if
+            the steps were too few by what the last of them changed. Not looked for on a CUDA
+            device, where that would mean to wait.
 
         Notes
         -----
@@ -178,65 +180,147 @@ class DampedInverse(LowRankOperator):
 
     @serialised
     def _apply(self, x: Any, refine: int) -> Any:
-        first = x[0] if isinstance(x, list) else x
         self._settle()
-        if is_traced(first):
+        if is_traced(x[0] if isinstance(x, list) else x):
             return _traced.apply(self._like(), x, self._damping, self._solve_traced)
         if refine:
-            y = self._refined(_widened(x), refine)
-        else:
-            y = super()._apply(x, refine)
-            if not self._is_exact(first) and self._cancels(x, y, SMALLEST_FLOAT32_REST):
-                self._recompute_gram()
-                y = super()._apply(x, refine)
+            return self._refined(x, refine)
+        return self._with_digits("F⁻¹x", x, lambda: LowRankOperator._apply(self, x, 0))
+
+    @serialised
+    def _column(self, j: int) -> Array:
+        unit = self._unit(j)
+        return self._with_digits("A column of F⁻¹", unit, lambda: LowRankOperator._column(self, j))
+
+    def _with_digits(self, what: str, x: Any, product: Callable[[], Any]) -> Any:
+        """Return the product with x, after an exact Gram if it cancels, or with a warning."""
+        y = product()
+        first = x[0] if isinstance(x, list) else x
+        if not self._is_exact(first) and self._cancels(x, y, SMALLEST_FLOAT32_REST):
+            self._recompute_gram()
+            y = product()
         if self._is_exact(first) and self._cancels(x, y, SMALLEST_REST):
-            self._warn("F⁻¹x")
-        if not refine:
-            return y
-        dtype = promote(first, self.dtype)
-        if isinstance(x, list):
-            return [send(piece, like, dtype) for piece, like in zip(y, x, strict=True)]
-        return send(y, self._like(), dtype)
+            self._warn(what)
+        return y
 
     @serialised
     def _quadratic(self, x: Any) -> Array:
         self._settle()
-        value, whole, noise = self._difference(x)
         exact = self._is_exact(x[0] if isinstance(x, list) else x)
-        if not exact and np.any(value < whole * SMALLEST_FLOAT32_REST):
-            self._recompute_gram()
+        smallest = 0.0 if exact else SMALLEST_FLOAT32_REST
+
+        def quadratic() -> tuple[Array, ...]:
             value, whole, noise = self._difference(x)
-        if np.any(value < np.maximum(whole, noise) * SMALLEST_REST):
-            self._warn("xᵀF⁻¹x")
-        return value
+            return value, value, whole, noise
+
+        return self._with_rest("xᵀF⁻¹x", smallest, quadratic)
+
+    @serialised
+    def _entries(self, rows: Indices, cols: Indices) -> Array:
+        self._settle()
+        same = rows == cols
+
+        def entries() -> tuple[Array, ...]:
+            noise = [np.zeros(0)]
+
+            def middle(b: Array) -> Array:
+                c = self._dual.solve(b)
+                noise.append(self._noise(c))
+                return -c / self._damping
+
+            values = self._rows.bilinear(rows, cols, middle) + same / self._damping
+            return values, values[same], 1.0 / self._damping, np.concatenate(noise)[same]
+
+        return self._with_rest("An element of F⁻¹", self._smallest_element_rest(), entries)
+
+    @serialised
+    def _submatrix(self, indices: Indices) -> Array:
+        self._settle()
+        same = indices[:, None] == indices
+
+        def submatrix() -> tuple[Array, ...]:
+            columns = self._rows.take(indices)
+            c = self._dual.solve(columns)
+            dense = to_numpy(columns.T @ c)
+            dense = (same - (dense + dense.T) / 2) / self._damping
+            return dense, np.diagonal(dense), 1.0 / self._damping, self._noise(c)
+
+        return self._with_rest("A submatrix of F⁻¹", self._smallest_element_rest(), submatrix)
+
+    def _smallest_element_rest(self) -> float:
+        """Return the 1 − t of a diagonal element below which the Gram's rounding is too much."""
+        if self._rows.reduce is not None:
+            return 0.0  # each rank asks for elements of its own, and a new Gram takes all of them
+        return self._rows.rounding / LARGEST_DIAGONAL_ROUNDING
+
+    def _with_rest(
+        self, what: str, smallest: float, subtract: Callable[[], tuple[Array, ...]]
+    ) -> Array:
+        """Return a result, after an exact Gram if its subtractions ask for it, or with a warning.
+
+        ``subtract`` returns the result, what subtractions left in it, what they began with, and
+        what their rounding is relative to. Less than ``smallest`` left asks for an exact Gram.
+        """
+        result, rest, whole, noise = subtract()
+        if np.any(rest < whole * smallest):
+            self._recompute_gram()
+            result, rest, whole, noise = subtract()
+        if np.any(rest < np.maximum(whole, noise) * SMALLEST_REST):
+            self._warn(what)
+        return result
 
     def _difference(self, x: Any) -> tuple[Array, Array, Array]:
-        """Return (‖x‖² − bᵀA⁻¹b)/λ for b = Gx, its first term, and ‖A‖ ‖A⁻¹b‖²/λ.
-
-        A solution is exact for a matrix as far from A as rounding is from ‖A‖, which is how far
-        the second term can be from right.
-        """
+        """Return (‖x‖² − bᵀA⁻¹b)/λ for b = Gx, its first term, and the noise of the second."""
         b = self._rows.project(x)
         c = self._dual.solve(b)
-        xp = self._rows.home.xp
         whole = self._rows.square_norms(x) / self._damping
-        noise = to_numpy(xp.sum(c * c, axis=0)) * (self._dual.shift + self._dual.gram_norm())
-        return whole - to_numpy(xp.sum(b * c, axis=0)) / self._damping, whole, noise / self._damping
+        second = to_numpy(self._rows.home.xp.sum(b * c, axis=0)) / self._damping
+        return whole - second, whole, self._noise(c)
+
+    def _noise(self, c: Array) -> Array:
+        """Return ‖A‖ ‖c‖²/λ, which the rounding of bᵀA⁻¹b/λ is relative to, for c = A⁻¹b.
+
+        A solution is exact for a matrix as far from A as rounding is from ‖A‖.
+        """
+        squares = to_numpy(self._rows.home.xp.sum(c * c, axis=0))
+        return squares * (self._dual.shift + self._dual.gram_norm()) / self._damping
 
     def _refined(self, x: Any, steps: int) -> Any:
-        """F⁻¹x in float64, with residuals taken through G instead of through its Gram.
+        """F⁻¹x with passes in float64, and residuals taken through G instead of through its Gram.
 
         For y = (x − Gᵀc)/λ the residual x − Fy is Gᵀe with e = c − Gy/n, and F⁻¹Gᵀe = n GᵀA⁻¹e:
         a step is one projection and one combination, and subtracts nothing large.
         """
         n, damping = self._divisor, self._damping
-        c = self._dual.solve(self._rows.project(x))
-        y = self._rows.combine_wide(-c / damping, x, 1.0 / damping)
+        wide = [widen(piece) for piece in x] if isinstance(x, list) else widen(x)
+        c = self._dual.solve(self._rows.project(wide))
+        y = self._rows.combine_wide(-c / damping, wide, 1.0 / damping)
         for _ in range(steps):
             change = n * self._dual.solve(c - self._rows.project(y) / n)
-            y = self._rows.combine_wide(change, y, 1.0)
+            before, y = y, self._rows.combine_wide(change, y, 1.0)
             c = c - damping * change
-        return y
+        if not self._is_settled(before, y):
+            self._warn("F⁻¹x")
+        if isinstance(x, list):
+            return [
+                send(z, piece, promote(piece, self.dtype)) for z, piece in zip(y, x, strict=True)
+            ]
+        return send(y, self._like(), promote(x, self.dtype))
+
+    def _is_settled(self, before: Any, y: Any) -> bool:
+        """Whether a step of refinement from ``before`` to y left an error that is small beside y.
+
+        A step leaves of the error before it, which is the step's length, what solutions with the
+        dual have as their relative error.
+        """
+        if not self._rows.home.is_host:
+            return True
+        condition = (self._dual.shift + self._dual.gram_norm()) * self._dual.inverse_norm()
+        left = condition * 2.0**-52 + (self._solution_error() if self._rows.rounding else 0.0)
+        pairs = zip(y, before, strict=True) if isinstance(y, list) else [(y, before)]
+        step = self._rows.square_norms([new - old for new, old in pairs])
+        limit = self._rows.square_norms(y) * LARGEST_REFINED_ERROR**2
+        return bool(np.all(step * left**2 <= limit))
 
     def _is_exact(self, x: Array) -> bool:
         """Whether products with x run in float64."""
@@ -297,7 +381,3 @@ class DampedInverse(LowRankOperator):
         with uninterrupted():
             self._rows.exact = True
             self._dual.set_gram(gram)
-
-
-def _widened(x: Any) -> Any:
-    return [widen(piece) for piece in x] if isinstance(x, list) else widen(x)

@@ -140,7 +140,8 @@ class LowRankOperator(SymmetricOperator):
         Notes
         -----
         F^p = λᵖI + Gᵀ Q diag(((λ + sᵢ/n)ᵖ − λᵖ)/sᵢ) Qᵀ G with GGᵀ = Q diag(s) Qᵀ: one eigenvalue
-        problem of size m, O(m³), and products as of the operator itself.
+        problem of size m, O(m³), and products as of the operator itself; in float64 where float32
+        would lose digits of a negative power of F.
         """
         from mfac_core._power import FisherPower
 

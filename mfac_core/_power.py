@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 from mfac_core._arrays import Array
 from mfac_core._lowrank import LowRankOperator
-from mfac_core._rows import Rows
+from mfac_core._rows import SMALLEST_FLOAT32_REST, Rows
 
 
 class FisherPower(LowRankOperator):
@@ -14,11 +16,15 @@ class FisherPower(LowRankOperator):
         self, rows: Rows, gram: Array, damping: float, divisor: int, exponent: float
     ) -> None:
         xp = rows.home.xp
-        self._rows = rows
         self._damping = damping
         self._n = divisor
         self._p = exponent
         s, self._vectors = xp.linalg.eigh(gram)
+        if self._cancels(rows, s):
+            rows = copy.copy(rows)
+            rows.exact = True
+            s, self._vectors = xp.linalg.eigh(rows.gram())
+        self._rows = rows
         s = xp.clip(s, 0.0, None)
         self._logs = xp.log1p(s / (divisor * damping))  # log of F's eigenvalues over λ
         # ((λ + s/n)ᵖ − λᵖ)/s without cancellation for small s, where it is p λᵖ⁻¹/n.
@@ -27,6 +33,13 @@ class FisherPower(LowRankOperator):
         slopes = xp.expm1(exponent * self._logs) / safe
         limit = exponent / (divisor * damping)
         self._weights = self._alpha * xp.where(tiny, xp.full_like(s, limit), slopes)
+
+    def _cancels(self, rows: Rows, s: Array) -> bool:
+        """Whether λᵖx less Gᵀ(...)Gx can be too small beside its terms for products in float32."""
+        if not rows.rounding or self._p >= 0.0 or not s.shape[0]:
+            return False
+        largest = 1.0 + float(s[-1]) / (self._n * self._damping)
+        return not largest**self._p >= SMALLEST_FLOAT32_REST
 
     @property
     def _alpha(self) -> float:

@@ -30,6 +30,9 @@ Seen on nearly parallel rows, where the rounding errors of the sum are most of o
 rows it is twenty times less.
 """
 
+SMALLEST_FLOAT32_REST = 2.0**-14
+"""What a subtraction may leave of 1 in float32 passes; where it is less, they run in float64."""
+
 FLOAT32_RANGE = 2.0**60
 """Size of m-sized numbers, and its inverse, outside of which their products may leave float32."""
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 import numpy as np
 
 from mfac_core import _traced
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, is_traced, send
+from mfac_core._arrays import Array, array_namespace, is_traced, itemsize, promote, send
 from mfac_core._dual import Dual
 from mfac_core._guard import Lock
 from mfac_core._inverse import DampedInverse
 from mfac_core._operator import Indices
-from mfac_core._rows import Reduce, Rows
+from mfac_core._rows import SMALLEST_FLOAT32_REST, Reduce, Rows
 from mfac_core._storage import ArrayRows, rows_of
 
 
@@ -39,8 +40,8 @@ class InverseFisher(DampedInverse):
     progress : bool, default False
         Show a bar during passes over the gradients, where tqdm is installed.
     store_whitened : bool, default False
-        Keep W = L⁻¹G (m × d, as large as the gradients), A = L Lᵀ, so that an element of F⁻¹
-        costs O(m) instead of O(m²).
+        Keep the diagonal and W = L⁻¹G (m × d, in at least float32), A = L Lᵀ, so that an element
+        of F⁻¹ costs O(m) instead of O(m²), but for those too small beside 1/λ for float32.
 
     Attributes
     ----------
@@ -157,6 +158,9 @@ class InverseFisher(DampedInverse):
         operator._start(rows, gram)
         return operator
 
+    _stored_diagonal: Array
+    """With ``_whitened``."""
+
     def _start(self, rows: Rows, gram: Array | None) -> None:
         self._lock = Lock()
         self._rows = rows
@@ -179,17 +183,27 @@ class InverseFisher(DampedInverse):
         return self._dual.matrix()
 
     def _store_whitened(self) -> None:
+        self._stored_diagonal = super()._diagonal()  # makes the Gram as exact as it has to be
         like = self._like()
+        dtype = promote(like, array_namespace(like).float32)
         blocks = []
         for home, block in self._rows.wide_blocks():
-            blocks.append(send(self._dual.whiten(block, home), like, self.dtype))
+            blocks.append(send(self._dual.whiten(block, home), like, dtype))
         self._whitened = ArrayRows(array_namespace(like).concat(blocks, axis=1))
+
+    def _diagonal(self) -> Array:
+        return super()._diagonal() if self._whitened is None else self._stored_diagonal.copy()
 
     def _entries(self, rows: Indices, cols: Indices) -> Array:
         if self._whitened is None:
             return super()._entries(rows, cols)
-        inner = self._whitened.bilinear(rows, cols, lambda w: w)
-        return ((rows == cols) - inner) / self._damping
+        diagonal = self._stored_diagonal
+        smallest = min(np.min(diagonal[i], initial=math.inf) for i in (rows, cols))
+        if itemsize(self._whitened.dtype) == 4 and smallest * self._damping < SMALLEST_FLOAT32_REST:
+            values = super()._entries(rows, cols)  # too little of 1 − t is left for float32
+        else:
+            values = -self._whitened.bilinear(rows, cols, lambda w: w) / self._damping
+        return np.where(rows == cols, diagonal[rows], values)
 
     def _frozen(self) -> tuple[Rows, Array]:
         return self._rows, self._dual.gram

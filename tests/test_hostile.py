@@ -30,8 +30,26 @@ QUERIES = {
     "newest": lambda g, x, damping: _newest(g, damping),
     "diagonal": lambda g, x, damping: mfac.InverseFisher(g, damping=damping).diagonal(),
     "quadratic": lambda g, x, damping: mfac.InverseFisher(g, damping=damping).quadratic(x),
+    "refined": lambda g, x, damping: mfac.InverseFisher(g, damping=damping).matvec(x, refine=2),
     "forward": lambda g, x, damping: mfac.EmpiricalFisher(g, damping=damping) @ x,
 }
+FIRST_COLUMN = {
+    "column": lambda inverse, d: inverse.column(0),
+    "entries": lambda inverse, d: inverse.entries(range(d), 0),
+    "whitened": lambda inverse, d: inverse.entries(range(d), 0),
+    "submatrix": lambda inverse, d: inverse.submatrix(range(d))[:, 0],
+}
+
+
+def _first_column(query):
+    def of(g, x, damping):
+        inverse = mfac.InverseFisher(g, damping=damping, store_whitened=query == "whitened")
+        return FIRST_COLUMN[query](inverse, int(g.shape[1]))
+
+    return of
+
+
+QUERIES |= {query: _first_column(query) for query in FIRST_COLUMN}
 
 
 def _window(g, damping):
@@ -56,6 +74,8 @@ def _oracle(query, g, x, damping):
     with mpmath.workdps(1000):
         rows = mpmath.matrix(g.tolist())
         fisher = damping * mpmath.eye(rows.cols) + rows.T * rows / rows.rows
+        if query in FIRST_COLUMN:
+            x = np.eye(len(x))[0]
         x = mpmath.matrix((g[-1] if query == "newest" else x).tolist())
         if query == "forward":
             y = fisher * x

@@ -5,6 +5,7 @@ import pytest
 from conftest import CASES, numpy64, relative_error
 
 import mfac_core as mfac
+from mfac_core._rows import SMALLEST_FLOAT32_REST
 from mfac_core.testing import dense_fisher, dense_inverse
 
 
@@ -93,6 +94,41 @@ def test_stored_whitened_gradients_give_the_same_elements(rng, backend, dtype):
     expected = dense_inverse(g, damping=0.3)[rows, cols]
     bound = 1e-5 if dtype == "float32" else 1e-12
     assert np.abs(numpy64(stored.entries(rows, cols)) - expected).max() <= bound
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-8, 1e-11])
+def test_stored_whitened_gradients_lose_no_digits(rng, damping):
+    """Where λ is small, 1 − t is too little for W in float32, and A is solved with instead."""
+    g = rng.standard_normal((6, 4)).astype(np.float32)
+    stored = mfac.InverseFisher(g, damping=damping, store_whitened=True)
+    expected = dense_inverse(g, damping=damping)
+    rows, cols = np.indices((4, 4))
+    assert relative_error(stored.entries(rows, cols), expected) <= 1e-4
+    assert np.array_equal(stored.entries(range(4), range(4)), stored.diagonal())
+
+
+def test_stored_whitened_gradients_of_16_bits(rng):
+    """W is kept in float32: in float16 it would lose three digits of every element."""
+    g = (rng.standard_normal((6, 30)) / 5).astype(np.float16)
+    stored = mfac.InverseFisher(g, damping=0.3, store_whitened=True)
+    plain = mfac.InverseFisher(g.astype(np.float64), damping=0.3)
+    rows, cols = rng.integers(0, 30, (2, 50))
+    difference = numpy64(stored.entries(rows, cols)) - plain.entries(rows, cols)
+    assert np.abs(difference).max() <= 2.0**-11 / 0.3
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 1.0])
+def test_a_power_of_float32_gradients_keeps_its_digits(rng, p):
+    """For x in their span λᵖx cancels to (λ/σ²)ᵖ of itself, against the singular values of G."""
+    g = rng.standard_normal((8, 60)).astype(np.float32)
+    x = (rng.standard_normal(8) @ g).astype(np.float32)
+    damping = 1e-10
+    _, s, v = np.linalg.svd(g.astype(np.float64), full_matrices=False)
+    inside = v @ x.astype(np.float64)
+    expected = v.T @ ((damping + s**2 / 8) ** -p * inside)
+    expected += damping**-p * (x - v.T @ inside)
+    result = mfac.InverseFisher(g, damping=damping).power(p) @ x
+    assert relative_error(result, expected) <= 2.0**-24 / SMALLEST_FLOAT32_REST
 
 
 def test_many_elements_come_in_batches(rng, monkeypatch):

@@ -239,14 +239,17 @@ class Dual:
             self._probe = None
         return norm
 
-    def gram_norm(self) -> float:
-        """Return ‖GGᵀ‖∞, which is no less than its largest eigenvalue; O(m²) after a change."""
-        if not len(self):
-            return 0.0
+    def norm(self) -> float:
+        """Return shift + ‖GGᵀ‖∞, which is no less than ‖A‖₂; O(m²) after a change."""
         if self._norm is None:
             xp = self.home.xp
-            self._norm = float(xp.max(xp.sum(xp.abs(self.gram), axis=1)))
-        return self._norm
+            sums = xp.sum(xp.abs(self.gram), axis=1)
+            self._norm = float(xp.max(sums)) if len(self) else 0.0
+        return self.shift + self._norm
+
+    def condition(self) -> float:
+        """Estimate ‖A‖ ‖A⁻¹‖, see :meth:`norm` and :meth:`inverse_norm`."""
+        return self.norm() * self.inverse_norm()
 
     def largest_square_norm(self) -> float:
         """Return max ‖gᵢ‖²."""

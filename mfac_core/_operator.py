@@ -194,6 +194,11 @@ class SymmetricOperator(ABC):
         TypeError, IndexError
             If an index is not an integer, or out of range.
 
+        Warns
+        -----
+        scipy.linalg.LinAlgWarning
+            By an inverse, where λ is so small that float64 has no digits left of 1/λ less the rest.
+
         Notes
         -----
         An element of a low-rank operator costs O(m²), or O(m) where it stores whitened gradients;
@@ -227,6 +232,11 @@ class SymmetricOperator(ABC):
         TypeError, IndexError
             If ``j`` is not an integer, or out of range.
 
+        Warns
+        -----
+        scipy.linalg.LinAlgWarning
+            By an inverse, where λ is so small that float64 has no digits left of 1/λ less the rest.
+
         Notes
         -----
         One pass over the gradients, where a product has two.
@@ -251,6 +261,11 @@ class SymmetricOperator(ABC):
         TypeError, IndexError
             If an index is not an integer, or out of range.
 
+        Warns
+        -----
+        scipy.linalg.LinAlgWarning
+            By an inverse, where λ is so small that float64 has no digits left of 1/λ less the rest.
+
         Notes
         -----
         O(k·m² + k²·m) for a low-rank operator; only k columns of the gradients are read.
@@ -270,6 +285,11 @@ class SymmetricOperator(ABC):
         -------
         float, or array of shape (k,)
             One number for each vector.
+
+        Warns
+        -----
+        scipy.linalg.LinAlgWarning
+            By an inverse, where λ is so small that float64 has no digits left of 1/λ less the rest.
 
         Notes
         -----

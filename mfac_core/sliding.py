@@ -11,8 +11,9 @@ from mfac_core import _state
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, device, is_traced
 from mfac_core._dual import Dual
+from mfac_core._dual_operator import SMALLEST_REST
 from mfac_core._guard import Lock, serialised, uninterrupted
-from mfac_core._inverse import SMALLEST_REST, DampedInverse
+from mfac_core._inverse import DampedInverse
 from mfac_core._ring import ArrayRing, Ring
 from mfac_core._rows import Reduce, Rows
 from mfac_core._unseen import Unseen

@@ -85,6 +85,7 @@ def test_the_norm_of_the_inverse_is_estimated_from_below(dual):
     assert exact / 3 <= dual.inverse_norm() <= exact * (1 + 1e-12)
     indefinite = Dual(np.diag([1.0, -1.0]), 0.1, Home(np, "cpu"))
     assert indefinite.inverse_norm() == np.inf
+    assert indefinite.condition() == np.inf
 
 
 def test_cancellation_compares_terms_with_their_sum(rng):
@@ -100,7 +101,8 @@ def test_the_norm_of_the_gram_follows_every_change(rng):
     dual = Dual(g @ g.T, 0.1, Home(np, "cpu"))
 
     def check():
-        assert dual.gram_norm() == pytest.approx(np.linalg.norm(dual.gram, np.inf), rel=1e-14)
+        expected = 0.1 + np.linalg.norm(dual.gram, np.inf)
+        assert dual.norm() == pytest.approx(expected, rel=1e-14)
 
     check()
     dual.factor()

@@ -32,24 +32,20 @@ QUERIES = {
     "quadratic": lambda g, x, damping: mfac.InverseFisher(g, damping=damping).quadratic(x),
     "refined": lambda g, x, damping: mfac.InverseFisher(g, damping=damping).matvec(x, refine=2),
     "forward": lambda g, x, damping: mfac.EmpiricalFisher(g, damping=damping) @ x,
+    "column": lambda g, x, damping: mfac.InverseFisher(g, damping=damping).column(0),
+    "entries": lambda g, x, damping: _first_column(g, damping),
+    "whitened": lambda g, x, damping: _first_column(g, damping, store_whitened=True),
+    "submatrix": lambda g, x, damping: _submatrix(g, damping)[:, 0],
 }
-FIRST_COLUMN = {
-    "column": lambda inverse, d: inverse.column(0),
-    "entries": lambda inverse, d: inverse.entries(range(d), 0),
-    "whitened": lambda inverse, d: inverse.entries(range(d), 0),
-    "submatrix": lambda inverse, d: inverse.submatrix(range(d))[:, 0],
-}
+OF_FIRST_COLUMN = ("column", "entries", "whitened", "submatrix")
 
 
-def _first_column(query):
-    def of(g, x, damping):
-        inverse = mfac.InverseFisher(g, damping=damping, store_whitened=query == "whitened")
-        return FIRST_COLUMN[query](inverse, int(g.shape[1]))
-
-    return of
+def _first_column(g, damping, **options):
+    return mfac.InverseFisher(g, damping=damping, **options).entries(range(int(g.shape[1])), 0)
 
 
-QUERIES |= {query: _first_column(query) for query in FIRST_COLUMN}
+def _submatrix(g, damping):
+    return mfac.InverseFisher(g, damping=damping).submatrix(range(int(g.shape[1])))
 
 
 def _window(g, damping):
@@ -74,7 +70,7 @@ def _oracle(query, g, x, damping):
     with mpmath.workdps(1000):
         rows = mpmath.matrix(g.tolist())
         fisher = damping * mpmath.eye(rows.cols) + rows.T * rows / rows.rows
-        if query in FIRST_COLUMN:
+        if query in OF_FIRST_COLUMN:
             x = np.eye(len(x))[0]
         x = mpmath.matrix((g[-1] if query == "newest" else x).tolist())
         if query == "forward":

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mfac_core import _pairs
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, is_traced
+from mfac_core._jax import pairs as _pairs
 
 __all__ = ["State", "append", "append_matvec", "init", "matvec"]
 

@@ -17,7 +17,7 @@ import scipy
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send, to_numpy
-from mfac_core._operator import SymmetricOperator
+from mfac_core._operators.base import SymmetricOperator
 
 NDArray = np.ndarray[Any, Any]
 

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from cuda_on_cpu import Module, host_array, host_view
 
-from mfac_core import _primal, _rows
 from mfac_core._arrays import Home, is_cupy_array, is_torch_array
-from mfac_core._ops import _cupy, rows
+from mfac_core._operators import primal
+from mfac_core._ops import rows
+from mfac_core._ops.cuda import machine as cuda_machine
+from mfac_core._rows import base
 
 NUMPY_DTYPES = {
     "float32": np.dtype("float32"),
@@ -30,7 +32,7 @@ class DeviceHome:
         return x
 
 
-class HostMachine(_cupy.Machine):
+class HostMachine(cuda_machine.Machine):
     """Takes CuPy arrays over host memory, and PyTorch's CPU tensors as if they were on a device."""
 
     def __init__(self, mode):
@@ -117,8 +119,8 @@ def torch_machine(monkeypatch):
     from array_api_compat import torch as namespace
 
     machine = HostMachine("check")
-    monkeypatch.setattr(_cupy, "machine", machine)
-    for module in (_primal, _rows, rows):
+    monkeypatch.setattr(cuda_machine, "current", machine)
+    for module in (primal, base, rows):
         monkeypatch.setattr(module, "home_of", lambda x: Home(namespace, torch.device("cpu")))
     return machine
 

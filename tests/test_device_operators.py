@@ -13,8 +13,8 @@ from conftest import numpy64, relative_error
 from host_machine import tensor, torch_machine
 
 import mfac_core as mfac
-from mfac_core import _rows, _sparse_ring
 from mfac_core._ops import _generic, _sparse_generic, rows
+from mfac_core._rows import base, sparse_ring
 from mfac_core.testing import (
     assert_operator_close,
     dense_fisher,
@@ -88,7 +88,7 @@ def test_elements(device, monkeypatch, rng, dtype, kind):
 
 def test_elements_in_batches(device, monkeypatch, rng):
     g = rng.standard_normal((6, 30))
-    monkeypatch.setattr(_rows, "TAKE_BYTES", 8 * 6 * 7)
+    monkeypatch.setattr(base, "TAKE_BYTES", 8 * 6 * 7)
     i, j = rng.integers(0, 30, (2, 50))
     entries = mfac.InverseFisher(tensor(g, "float64"), damping=0.3).entries(i, j)
     assert device.launches["pair_products"] == 8
@@ -146,7 +146,7 @@ def test_other_operations_of_a_window(device, rng):
 def test_a_sparse_window(device, monkeypatch, rng, dtype, normalization):
     for name in ("project", "combine"):
         monkeypatch.setattr(_sparse_generic, name, None)
-    monkeypatch.setattr(_sparse_ring, "LARGEST_BLOCK", 10)
+    monkeypatch.setattr(sparse_ring, "LARGEST_BLOCK", 10)
     d, size = 43, 5
     window = mfac.SparseSlidingInverseFisher(
         d,

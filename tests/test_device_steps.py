@@ -10,7 +10,7 @@ from conftest import numpy64, relative_error
 from host_machine import tensor, torch_machine
 
 import mfac_core as mfac
-from mfac_core._ops import cuda
+from mfac_core._ops.cuda import passes as cuda_passes
 from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
 
 
@@ -36,7 +36,7 @@ def watched(device, monkeypatch):
 
     Reading a value of a tensor would wait at once; `look n` waits for what came before `sent n`.
     """
-    events, later, launch = [], device.later, cuda.launch
+    events, later, launch = [], device.later, cuda_passes.launch
 
     def recorded_later(x):
         number, look = sum(event.startswith("sent") for event in events), later(x)
@@ -46,7 +46,9 @@ def watched(device, monkeypatch):
     for name in VALUE_READS:
         monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: events.append(name))
     monkeypatch.setattr(device, "later", recorded_later)
-    monkeypatch.setattr(cuda, "launch", lambda *args: events.append(args[1]) or launch(*args))
+    monkeypatch.setattr(
+        cuda_passes, "launch", lambda *args: events.append(args[1]) or launch(*args)
+    )
     return events
 
 

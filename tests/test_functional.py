@@ -7,7 +7,8 @@ import pytest
 from conftest import relative_error
 
 import mfac_core as mfac
-from mfac_core import _pairs, functional
+from mfac_core import functional
+from mfac_core._jax import pairs as _pairs
 from mfac_core.testing import dense_inverse, error_bound
 
 D, M = 700, 4  # of most windows here: compiled once for all of them

@@ -13,7 +13,8 @@ from host_machine import DeviceHome, HostMachine
 
 import mfac_core as mfac
 from mfac_core._arrays import home_of
-from mfac_core._ops import _cupy, dense, rows
+from mfac_core._ops import dense, rows
+from mfac_core._ops.cuda import machine as cuda_machine
 from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +46,7 @@ def test_products_are_those_of_the_host_executor(cupy, monkeypatch, rng, dtype, 
     home = home_of(on_device)
     product = rows.project(on_device, x_on_device, exact=False, home=home)
     combination = rows.combine(on_device, cupy.asarray(c), x_on_device, 0.5, dtype=None, exact=True)
-    monkeypatch.setattr(_cupy, "machine", HostMachine("fast"))
+    monkeypatch.setattr(cuda_machine, "current", HostMachine("fast"))
     expected = rows.project(host_array(g), host_array(x), exact=False, home=DeviceHome())
     expected = host_view(expected)
     terms = abs(g.astype("float64")) @ abs(x.astype("float64"))
@@ -68,7 +69,7 @@ def test_elements_are_those_of_the_host_executor(cupy, monkeypatch, rng, dtype, 
     products = rows.pair_products(on_device, columns, cupy.asarray(right), home)
     of_columns = rows.pair_products(on_device, columns, cupy.asarray(right.T.copy()).T, home)
     assert (of_columns == products).all()
-    monkeypatch.setattr(_cupy, "machine", HostMachine("fast"))
+    monkeypatch.setattr(cuda_machine, "current", HostMachine("fast"))
     expected = rows.pair_products(host_array(g), columns, host_array(right), DeviceHome())
     terms = abs(g[:, columns].astype("float64") * right).sum(axis=0)
     assert (abs(numpy64(products) - host_view(expected)) <= m * 2.0**-52 * terms).all()
@@ -84,7 +85,7 @@ def test_a_replacement_is_that_of_the_host_executor(cupy, monkeypatch, rng, m):
     row[m // 2] += 3.0
     on_device = [cupy.asarray(x) for x in (inverse, gram, row)]
     failed = dense.replace(*on_device[:2], m // 2, on_device[2], 1.0)
-    monkeypatch.setattr(_cupy, "machine", HostMachine("fast"))
+    monkeypatch.setattr(cuda_machine, "current", HostMachine("fast"))
     on_host = [host_array(x.copy()) for x in (inverse, gram, row)]
     dense.replace(*on_host[:2], m // 2, on_host[2], 1.0)
     assert int(failed[0]) == 0

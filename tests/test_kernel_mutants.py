@@ -13,16 +13,12 @@ import pytest
 from cuda_on_cpu import KernelError, host_array, host_view
 from host_machine import DeviceHome, HostMachine
 
-from mfac_core._ops import (
-    _cuda_blocks,
-    _cuda_queries,
-    _cuda_sparse,
-    _cupy,
-    cuda,
-    dense,
-    rows,
-    sparse,
-)
+from mfac_core._ops import dense, rows, sparse
+from mfac_core._ops.cuda import blocks as cuda_blocks
+from mfac_core._ops.cuda import machine as cuda_machine
+from mfac_core._ops.cuda import passes as cuda_passes
+from mfac_core._ops.cuda import queries as cuda_queries
+from mfac_core._ops.cuda import sparse as cuda_sparse
 
 ORDERS = ("forward", "backward", "random")
 
@@ -49,7 +45,7 @@ def combinations(machine, rng):
     c = rng.standard_normal((1100, 2))
     for threads in (1, 1 << 17):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "COMBINE_THREADS", threads)
+            patch.setattr(cuda_passes, "COMBINE_THREADS", threads)
             y = rows.combine(
                 host_array(g), host_array(c), host_array(base), 0.5, dtype=None, exact=True
             )
@@ -59,7 +55,9 @@ def combinations(machine, rng):
 def sums(machine, rng):
     """Run the second stage: more parts than threads share, and a last group that is not full."""
     partial, base = rng.standard_normal((11, 37)), rng.standard_normal(37)
-    y = cuda.sum_parts(*map(host_array, (partial, base)), 0.5, (37,), "float64", host_array(base))
+    y = cuda_passes.sum_parts(
+        *map(host_array, (partial, base)), 0.5, (37,), "float64", host_array(base)
+    )
     yield host_view(y), 0.5 * base + partial.sum(axis=0)
 
 
@@ -107,7 +105,7 @@ def elements(machine, rng):
     columns = rng.integers(0, 9, 40)
     for tallest in (1, 65535):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_cuda_queries, "LARGEST_GRID_Y", tallest)
+            patch.setattr(cuda_queries, "LARGEST_GRID_Y", tallest)
             yield host_view(rows.take(host_array(g), columns, DeviceHome())), g[:, columns]
     products = rows.pair_products(host_array(g), columns, host_array(right), DeviceHome())
     yield host_view(products), (g[:, columns] * right).sum(axis=0)
@@ -123,8 +121,8 @@ def blocks(machine, rng):
     """Run blocks that fill their width and such that do not, with rows that fill no group."""
     lengths = np.array([32, 5, 31])
     g, x = rng.standard_normal((11, 68)), rng.standard_normal(68)
-    inverses, failed = _cuda_blocks.inverses(host_array(g), lengths, 0.1, 11)
-    y = _cuda_blocks.product(inverses, lengths, host_array(x), dtype=np.dtype("float64"))
+    inverses, failed = cuda_blocks.inverses(host_array(g), lengths, 0.1, 11)
+    y = cuda_blocks.product(inverses, lengths, host_array(x), dtype=np.dtype("float64"))
     yield host_view(failed), np.zeros(3)
     for number, end in enumerate(np.cumsum(lengths)):
         size = lengths[number]
@@ -156,7 +154,7 @@ def sparse_products(machine, rng):
         x, c = rng.standard_normal(d), rng.standard_normal(m)
         for rows_of_slice in (1000, 20):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_cuda_sparse, "SLICE_ROWS", rows_of_slice)
+                patch.setattr(cuda_sparse, "SLICE_ROWS", rows_of_slice)
                 y = sparse.project(entries, host_array(x), exact=True, home=DeviceHome())
                 yield host_view(y), dense @ x
                 y = sparse.combine(
@@ -253,7 +251,7 @@ def notices(machine, exercise):
 @pytest.mark.parametrize("file", EXERCISES)
 def test_the_kernels_as_they_are_pass_the_exercises(monkeypatch, file):
     machine = HostMachine("check")
-    monkeypatch.setattr(_cupy, "machine", machine)
+    monkeypatch.setattr(cuda_machine, "current", machine)
     assert notices(machine, EXERCISES[file]) is None
     assert machine.launches
 
@@ -261,9 +259,11 @@ def test_the_kernels_as_they_are_pass_the_exercises(monkeypatch, file):
 @pytest.mark.parametrize(("file", "line", "mutant"), list(mutants()))
 def test_a_mutant_is_noticed(monkeypatch, file, line, mutant):
     machine = HostMachine("check")
-    monkeypatch.setattr(_cupy, "machine", machine)
-    original = _cupy.source
-    monkeypatch.setattr(_cupy, "source", lambda name: original(name).replace(code_of(file), mutant))
+    monkeypatch.setattr(cuda_machine, "current", machine)
+    original = cuda_machine.source
+    monkeypatch.setattr(
+        cuda_machine, "source", lambda name: original(name).replace(code_of(file), mutant)
+    )
     noticed = notices(machine, EXERCISES[file])
     if (file, line) in EQUIVALENT:
         assert noticed is None, f"{line} is listed as equivalent, but: {noticed}"

@@ -14,16 +14,12 @@ from host_machine import NUMPY_DTYPES, DeviceHome, HostMachine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfac_core._ops import (
-    _cuda_blocks,
-    _cuda_queries,
-    _cuda_sparse,
-    _cupy,
-    cuda,
-    dense,
-    rows,
-    sparse,
-)
+from mfac_core._ops import dense, rows, sparse
+from mfac_core._ops.cuda import blocks as cuda_blocks
+from mfac_core._ops.cuda import machine as cuda_machine
+from mfac_core._ops.cuda import passes as cuda_passes
+from mfac_core._ops.cuda import queries as cuda_queries
+from mfac_core._ops.cuda import sparse as cuda_sparse
 
 EPS = np.finfo("float64").eps
 STORAGE = ["float32", "float64", "float16", "bfloat16"]
@@ -33,7 +29,7 @@ ORDERS = st.sampled_from(["forward", "backward", "random"])
 @pytest.fixture(params=["fast", "check"])
 def machine(request, monkeypatch):
     machine = HostMachine(request.param)
-    monkeypatch.setattr(_cupy, "machine", machine)
+    monkeypatch.setattr(cuda_machine, "current", machine)
     return machine
 
 
@@ -138,8 +134,8 @@ def test_exchange_keeps_the_row_where_the_new_one_is_not_finite(machine, rng, va
 def test_combine(machine, monkeypatch, dtype, out, threads):
     """With many threads wanted and few columns, the rows are cut into slices."""
     out = dtype if out == "same" else out
-    monkeypatch.setattr(cuda, "COMBINE_THREADS", 1 if threads == "few" else 1 << 17)
-    monkeypatch.setattr(cuda, "COMBINE_ROWS", 3)
+    monkeypatch.setattr(cuda_passes, "COMBINE_THREADS", 1 if threads == "few" else 1 << 17)
+    monkeypatch.setattr(cuda_passes, "COMBINE_ROWS", 3)
 
     @settings(max_examples=8)
     @given(columns=st.integers(0, 4), alpha=st.sampled_from([None, 0.0, -0.7, 40.0]), **SIZES)
@@ -174,7 +170,7 @@ def test_combine(machine, monkeypatch, dtype, out, threads):
 def test_combine_stages_more_rows_than_shared_memory_holds(machine, monkeypatch, rng):
     g, exact_g = stored(rng, (1100, 5), "float32")
     c = rng.standard_normal((1100, 2))
-    monkeypatch.setattr(cuda, "COMBINE_THREADS", 1)  # one slice, of three tiles
+    monkeypatch.setattr(cuda_passes, "COMBINE_THREADS", 1)  # one slice, of three tiles
     for machine.order in ("forward", "backward", "random"):
         y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, exact=True)
         assert ran(machine, "combine")
@@ -309,7 +305,7 @@ def test_columns_by_index(machine, monkeypatch, dtype):
         columns = rng.integers(0, d, count)
         with monkeypatch.context() as patch:
             if not tall:  # a grid that does not reach the last row
-                patch.setattr(_cuda_queries, "LARGEST_GRID_Y", 2)
+                patch.setattr(cuda_queries, "LARGEST_GRID_Y", 2)
             taken = rows.take(host_array(g), columns, DeviceHome())
         assert ran(machine, "take_columns")
         assert taken.dtype == np.float64
@@ -357,9 +353,9 @@ def test_blocks(machine, dtype):
         rng = np.random.default_rng(seed)
         g, exact = stored(rng, (m, sum(lengths)), dtype)
         x, exact_x = stored(rng, sum(lengths), dtype)
-        assert _cuda_blocks.serves_blocks(host_array(g), max(lengths))
-        inverses, failed = _cuda_blocks.inverses(host_array(g), np.array(lengths), damping, m)
-        y = _cuda_blocks.product(inverses, np.array(lengths), host_array(x), dtype=g.dtype)
+        assert cuda_blocks.serves_blocks(host_array(g), max(lengths))
+        inverses, failed = cuda_blocks.inverses(host_array(g), np.array(lengths), damping, m)
+        y = cuda_blocks.product(inverses, np.array(lengths), host_array(x), dtype=g.dtype)
         assert ran(machine, "block_inverses", "block_product")
         assert not host_view(failed).any()
         start = 0
@@ -384,20 +380,20 @@ def test_blocks(machine, dtype):
 def test_the_widest_blocks(machine, rng, width):
     g = rng.standard_normal((40, 2 * width))
     lengths = np.array([width, width])
-    inverses, failed = _cuda_blocks.inverses(host_array(g), lengths, 0.5, 40)
+    inverses, failed = cuda_blocks.inverses(host_array(g), lengths, 0.5, 40)
     assert not host_view(failed).any()
     for number in range(2):
         part = g[:, number * width : (number + 1) * width]
         matrix = 0.5 * np.eye(width) + part.T @ part / 40
         error = np.linalg.norm(host_view(inverses)[number] - np.linalg.inv(matrix), 2)
         assert error <= 10 * width * np.linalg.cond(matrix) * EPS / 0.5
-    assert not _cuda_blocks.serves_blocks(host_array(g), 129)
+    assert not cuda_blocks.serves_blocks(host_array(g), 129)
 
 
 def test_a_block_that_rounding_makes_indefinite_is_told(machine):
     g = np.full((3, 4), 1e12)
     g[0, 1] = np.nan
-    _, failed = _cuda_blocks.inverses(host_array(g), np.array([2, 2]), 1e-9, 3)
+    _, failed = cuda_blocks.inverses(host_array(g), np.array([2, 2]), 1e-9, 3)
     assert host_view(failed)[0] == 1
 
 
@@ -422,7 +418,7 @@ def sparse_rows(rng, m, d, width, k, dtype, capacity):
 @pytest.mark.parametrize("slices", ["one", "many"])
 def test_sparse_rows(machine, monkeypatch, dtype, other, slices):
     out = dtype if other == "same" else other
-    monkeypatch.setattr(_cuda_sparse, "SLICE_ROWS", 3 if slices == "many" else 64)
+    monkeypatch.setattr(cuda_sparse, "SLICE_ROWS", 3 if slices == "many" else 64)
 
     @settings(max_examples=8)
     @given(
@@ -476,17 +472,17 @@ def test_what_no_kernel_takes_is_left_to_the_generic_path(machine, rng, change):
     g, x = rng.standard_normal((6, 8)), rng.standard_normal(8)
     if change == "transposed":
         g = g.T.copy()
-        assert not cuda.serves_product(host_array(g).T, host_array(x))
+        assert not cuda_passes.serves_product(host_array(g).T, host_array(x))
         return
     if change == "strided":
         strided = host_array(g)[:, ::2]
-        assert not cuda.serves_product(strided, host_array(x[:4]))
-        assert not _cuda_queries.serves_columns(strided)
+        assert not cuda_passes.serves_product(strided, host_array(x[:4]))
+        assert not cuda_queries.serves_columns(strided)
         right = host_array(rng.standard_normal((6, 3)))
-        assert not _cuda_queries.serves_pairs(strided, right)
-        assert _cuda_queries.serves_pairs(host_array(g), right)
-        assert not _cuda_queries.serves_pairs(host_array(g), right[:, ::2])
-        assert not _cuda_queries.serves_pairs(host_array(g), right[:, :0])
+        assert not cuda_queries.serves_pairs(strided, right)
+        assert cuda_queries.serves_pairs(host_array(g), right)
+        assert not cuda_queries.serves_pairs(host_array(g), right[:, ::2])
+        assert not cuda_queries.serves_pairs(host_array(g), right[:, :0])
         return
     if change == "integers":
         g = g.astype("int64")
@@ -496,7 +492,7 @@ def test_what_no_kernel_takes_is_left_to_the_generic_path(machine, rng, change):
         x = rng.standard_normal((8, 5))
     else:
         x = x.astype("complex128")
-    assert not cuda.serves_product(host_array(g), host_array(x))
+    assert not cuda_passes.serves_product(host_array(g), host_array(x))
     assert not machine.launches
 
 
@@ -534,7 +530,7 @@ def test_pytorch_tensors_take_the_same_kernels(machine, rng):
 def test_indices_pass_32_bits():
     """d·m beyond 2³¹: the chunks and the grid a row is cut into stay within a device's limits."""
     for d in [1, 2048, 10**7, 2**31 + 5, 2**36]:
-        chunk = cuda._chunk(d)
+        chunk = cuda_passes._chunk(d)
         assert chunk * -(-d // chunk) >= d
         assert chunk % (256 * 8) == 0
-        assert -(-d // chunk) <= cuda.LARGEST_GRID_Y
+        assert -(-d // chunk) <= cuda_passes.LARGEST_GRID_Y

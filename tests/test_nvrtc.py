@@ -5,7 +5,7 @@ import importlib.resources
 import nvrtc
 import pytest
 
-from mfac_core._ops import _cupy
+from mfac_core._ops.cuda import machine as cuda_machine
 
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 WIDEST = {"float": 4, "double": 2, "__half": 4, "__nv_bfloat16": 4}
@@ -42,7 +42,7 @@ def variants():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_within_a_devices_means(architecture):
     for file, macros, threads in variants():
-        used = nvrtc.compile(_cupy.source(file), architecture, _cupy.options(macros))
+        used = nvrtc.compile(cuda_machine.source(file), architecture, cuda_machine.options(macros))
         assert used, f"{file} has no kernel"
         for name, usage in used.items():
             what = f"{name} with {macros}: {usage}"
@@ -60,9 +60,9 @@ def test_every_source_is_compiled():
 
 
 def test_an_error_points_at_the_file_it_is_in():
-    broken = _cupy.source("sum.cu").replace("return v; }", "return w; }")
+    broken = cuda_machine.source("sum.cu").replace("return v; }", "return w; }")
     with pytest.raises(nvrtc.CompileError, match=r"common\.cuh\(\d+\): error"):
-        nvrtc.compile(broken, "sm_90", _cupy.options({"X_T": "float", "OUT_T": "float"}))
-    broken = _cupy.source("sum.cu").replace("double sum = 0.0", "double sum = nothing")
+        nvrtc.compile(broken, "sm_90", cuda_machine.options({"X_T": "float", "OUT_T": "float"}))
+    broken = cuda_machine.source("sum.cu").replace("double sum = 0.0", "double sum = nothing")
     with pytest.raises(nvrtc.CompileError, match=r"sum\.cu\(\d+\): error"):
-        nvrtc.compile(broken, "sm_90", _cupy.options({"X_T": "float", "OUT_T": "float"}))
+        nvrtc.compile(broken, "sm_90", cuda_machine.options({"X_T": "float", "OUT_T": "float"}))

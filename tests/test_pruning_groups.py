@@ -12,7 +12,7 @@ from test_pruning import blocks_of, constrained_optimum, increase
 from test_static import problems
 from test_storage import File
 
-from mfac_core._storage import rows_of
+from mfac_core._rows.storage import rows_of
 from mfac_core.pruning import prune
 from mfac_core.pruning._groups import half_squares
 from mfac_core.pruning._kept import KeptFisher

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_pruning import constrained_optimum
 from test_static import problems
 
-from mfac_core._storage import rows_of
+from mfac_core._rows.storage import rows_of
 from mfac_core.pruning._kept import KeptFisher
 from mfac_core.testing import dense_fisher, error_bound
 

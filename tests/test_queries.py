@@ -5,7 +5,7 @@ import pytest
 from conftest import CASES, numpy64, relative_error
 
 import mfac_core as mfac
-from mfac_core._rows import SMALLEST_FLOAT32_REST
+from mfac_core._rows.base import SMALLEST_FLOAT32_REST
 from mfac_core.testing import dense_fisher, dense_inverse
 
 
@@ -136,7 +136,7 @@ def test_a_power_of_float32_gradients_keeps_its_digits(rng, p):
 
 def test_many_elements_come_in_batches(rng, monkeypatch):
     g = rng.standard_normal((6, 30))
-    monkeypatch.setattr("mfac_core._rows.TAKE_BYTES", 8 * 6 * 7)
+    monkeypatch.setattr("mfac_core._rows.base.TAKE_BYTES", 8 * 6 * 7)
     rows, cols = rng.integers(0, 30, (2, 50))
     entries = mfac.InverseFisher(g, damping=0.3).entries(rows, cols)
     assert np.abs(entries - dense_inverse(g, damping=0.3)[rows, cols]).max() <= 1e-12

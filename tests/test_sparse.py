@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_ranks import Ranks
 
 import mfac_core as mfac
-from mfac_core import _sparse_ring
 from mfac_core._ops import _entries
+from mfac_core._rows import sparse_ring as _sparse_ring
 from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
 
 

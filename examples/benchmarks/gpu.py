@@ -19,7 +19,8 @@ import numpy as np
 
 import mfac_core as mfac
 from mfac_core._arrays import home_of
-from mfac_core._ops import _cuda_blocks, dense, rows, sparse
+from mfac_core._ops import dense, rows, sparse
+from mfac_core._ops.cuda import blocks as cuda_blocks
 
 Act = Callable[[], object]
 Row = dict[str, Any]
@@ -234,7 +235,7 @@ def small_blocks(card: Card, m: int, width: int, count: int) -> list[Row]:
     return [
         card.compare(
             f"{count:,} blocks of {width}, m {m}",
-            lambda: _cuda_blocks.inverses(g, lengths, 1e-3, m),
+            lambda: cuda_blocks.inverses(g, lengths, 1e-3, m),
             g.nbytes + 8 * count * width**2,
             {"batched cuBLAS and cuSOLVER": batched},
         )

@@ -15,7 +15,8 @@ import scipy
 from array_api_compat import is_cupy_namespace, is_torch_namespace
 
 from mfac_core._arrays import Array, Home
-from mfac_core._ops import _cuda_queries, cuda
+from mfac_core._ops.cuda import passes as cuda_passes
+from mfac_core._ops.cuda import queries as cuda_queries
 
 UPDATE_ROWS = 64
 """Rows of a rank-two update at a time: the product they are added to stays in cache."""
@@ -55,7 +56,7 @@ def inverse(home: Home, a: Array) -> Array:
     """Return the inverse of a symmetric positive definite matrix, symmetric to the last bit."""
     full = home.xp.linalg.inv(a)
     full = (full + full.T) / 2
-    return full if cuda.is_contiguous(full) else full.T  # the same, as the kernels read it
+    return full if cuda_passes.is_contiguous(full) else full.T  # the same, as the kernels read it
 
 
 def add_rank_two(home: Home, a: Array, p: Array, signs: tuple[float, float]) -> Array:
@@ -74,7 +75,7 @@ def add_rank_two(home: Home, a: Array, p: Array, signs: tuple[float, float]) -> 
 
 def replaces(inverse: Array, gram: Array, row: Array) -> bool:
     """Whether :func:`replace` takes these matrices."""
-    return cuda.serves(inverse, gram, row)
+    return cuda_passes.serves(inverse, gram, row)
 
 
 def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Array:
@@ -82,7 +83,7 @@ def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Ar
 
     Returns an int32 array there: [0], or [1] where rounding forbade it and the inverse stayed.
     """
-    return cuda.replace(inverse, gram, i, row, shift)
+    return cuda_passes.replace(inverse, gram, i, row, shift)
 
 
 def clamped_diagonal(
@@ -92,8 +93,8 @@ def clamped_diagonal(
 
     F_ii is λ + Σ G²/divisor.
     """
-    if _cuda_queries.serves_diagonal(whitened, columns):
-        return _cuda_queries.clamped_diagonal(whitened, columns, damping, divisor)
+    if cuda_queries.serves_diagonal(whitened, columns):
+        return cuda_queries.clamped_diagonal(whitened, columns, damping, divisor)
     xp = home.xp
     rest = 1.0 - xp.sum(whitened * whitened, axis=0)
     fisher = damping + xp.sum(columns * columns, axis=0) / divisor

@@ -25,9 +25,11 @@ from mfac_core._arrays import (
     is_numpy_array,
     to_numpy,
 )
-from mfac_core._ops import _blas, _cuda_queries, _generic, cuda
+from mfac_core._ops import _blas, _generic
 from mfac_core._ops._blocks import column_slices as column_slices
 from mfac_core._ops._blocks import wide_columns as wide_columns
+from mfac_core._ops.cuda import passes as cuda_passes
+from mfac_core._ops.cuda import queries as cuda_queries
 
 
 def gram(g: Array, *, exact: bool, home: Home) -> Array:
@@ -43,8 +45,8 @@ def project(g: Array, x: Array, *, exact: bool, home: Home) -> Array:
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
         return _blas.project(g, x, exact=exact, width=width)
-    if cuda.serves_product(g, x):
-        return cuda.project(g, x, home)
+    if cuda_passes.serves_product(g, x):
+        return cuda_passes.project(g, x, home)
     return _generic.project(g, x, exact=exact, width=width, home=home)
 
 
@@ -58,15 +60,15 @@ def combine(
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
         return _blas.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
-    if cuda.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
-        return cuda.combine(g, c, base, alpha, dtype=dtype)
+    if cuda_passes.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
+        return cuda_passes.combine(g, c, base, alpha, dtype=dtype)
     return _generic.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
 
 
 def take(g: Array, columns: np.ndarray[Any, Any], home: Home) -> Array:
     """Columns of G by index as float64 in ``home``, shape (m, len(columns))."""
-    if len(columns) and _cuda_queries.serves_columns(g):
-        return _cuda_queries.take(g, columns, home)
+    if len(columns) and cuda_queries.serves_columns(g):
+        return cuda_queries.take(g, columns, home)
     return home.receive(gathered(g, columns))
 
 
@@ -83,8 +85,8 @@ def pair_products(g: Array, columns: np.ndarray[Any, Any], right: Array, home: H
 
     ``right`` is in the home, of as many rows as G has in use.
     """
-    if _cuda_queries.serves_pairs(g, right):
-        return _cuda_queries.pair_products(g, columns, right, home)
+    if cuda_queries.serves_pairs(g, right):
+        return cuda_queries.pair_products(g, columns, right, home)
     return home.xp.sum(take(g, columns, home)[: right.shape[0], :] * right, axis=0)
 
 
@@ -99,9 +101,9 @@ def square_norms(x: Array) -> np.ndarray[Any, Any]:
 
     Not finite when x is not.
     """
-    if x.ndim == 1 and not is_numpy_array(x) and cuda.serves(x[None, :]):
+    if x.ndim == 1 and not is_numpy_array(x) and cuda_passes.serves(x[None, :]):
         there = Home(array_namespace(x), device(x))
-        return to_numpy(cuda.project(x[None, :], x, there)[0])
+        return to_numpy(cuda_passes.project(x[None, :], x, there)[0])
     home = home_of(x)
     total = home.zeros(x.shape[1:])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -113,12 +115,12 @@ def square_norms(x: Array) -> np.ndarray[Any, Any]:
 
 def always_exact(g: Array) -> bool:
     """Whether products with G run in float64 whatever ``exact`` says: those of the kernels do."""
-    return not is_jax_array(g) and cuda.serves(g)
+    return not is_jax_array(g) and cuda_passes.serves(g)
 
 
 def exchanges(g: Array, row: Array) -> bool:
     """Whether :func:`exchange` takes G and the new row."""
-    return g.dtype == row.dtype and cuda.serves_product(g, row) and not is_jax_array(g)
+    return g.dtype == row.dtype and cuda_passes.serves_product(g, row) and not is_jax_array(g)
 
 
 def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
@@ -127,7 +129,7 @@ def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
     One read of G, on a device, without waiting for it. Where ‖row‖² is not finite G stays as it is,
     and the product is with the row that stays.
     """
-    return cuda.exchange(g, i, row, home)
+    return cuda_passes.exchange(g, i, row, home)
 
 
 def write(g: Array, i: int, row: Array, *, axis: int = 0) -> Array:
@@ -137,4 +139,4 @@ def write(g: Array, i: int, row: Array, *, axis: int = 0) -> Array:
 
 def later(x: Array) -> Callable[[], Any]:
     """Start copying a small array from a device; calling what is returned waits for it."""
-    return cuda.later(x)
+    return cuda_passes.later(x)

@@ -26,11 +26,12 @@ from mfac_core._arrays import (
     send,
     to_numpy,
 )
-from mfac_core._ops import _cuda_sparse, _sparse_generic, _sparse_scipy
+from mfac_core._ops import _sparse_generic, _sparse_scipy
 from mfac_core._ops._blocks import WIDE_BYTES, column_slices
 from mfac_core._ops._entries import Entries as Entries
 from mfac_core._ops._entries import flat
 from mfac_core._ops._sparse_generic import run
+from mfac_core._ops.cuda import sparse as cuda_sparse
 
 
 def compress(x: Array, k: int, width: int, dtype: Any) -> tuple[Array, Array, Array, Array]:
@@ -136,8 +137,8 @@ def project(entries: Entries, x: Array, *, exact: bool, home: Home) -> Array:
         return home.zeros((0, *x.shape[1:]))
     if is_numpy_array(values):
         return _sparse_scipy.project(entries, to_numpy(x))
-    if _cuda_sparse.serves(entries, x):
-        return _cuda_sparse.project(entries, x, home)
+    if cuda_sparse.serves(entries, x):
+        return cuda_sparse.project(entries, x, home)
     if not _sparse_generic.serves(values, exact) or 0 in x.shape:
         return home.receive(_sparse_scipy.project(entries.on_host(), to_numpy(x)))
     if x.ndim == 1:
@@ -158,8 +159,8 @@ def combine(
         out = np.float64 if dtype is None else dtype
         return _sparse_scipy.combine(entries, c, base, alpha, out)
     computed = dtype is not None or has_float64(values)
-    if _cuda_sparse.serves_combination(entries, c, base) and computed:
-        return _cuda_sparse.combine(entries, c, base, alpha, dtype)
+    if cuda_sparse.serves_combination(entries, c, base) and computed:
+        return cuda_sparse.combine(entries, c, base, alpha, dtype)
     if not _sparse_generic.serves(values, exact) or 0 in c.shape:
         added = None if base is None else to_numpy(base)
         result = _sparse_scipy.combine(entries.on_host(), to_numpy(c), added, alpha, np.float64)

@@ -8,7 +8,7 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, to_numpy
-from mfac_core._rows import Rows
+from mfac_core._rows.base import Rows
 from mfac_core.pruning._kept import Mask, Vector
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send, to_numpy
 from mfac_core._progress import track
-from mfac_core._storage import rows_of
+from mfac_core._rows.storage import rows_of
 from mfac_core.pruning._arguments import mask_argument
 from mfac_core.pruning._prune import prune
 

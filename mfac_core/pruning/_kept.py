@@ -16,11 +16,11 @@ import numpy as np
 
 from mfac_core._arrays import send, to_numpy
 from mfac_core._dual import Dual
-from mfac_core._primal import fisher_blocks
-from mfac_core._rows import Rows
-from mfac_core._selected import SelectedRows
+from mfac_core._operators.primal import fisher_blocks
+from mfac_core._operators.static import InverseFisher
+from mfac_core._rows.base import Rows
+from mfac_core._rows.selected import SelectedRows
 from mfac_core.pruning._groups import BATCH_BYTES, Labels, by_size, half_squares
-from mfac_core.static import InverseFisher
 
 Vector: TypeAlias = np.ndarray[Any, Any]
 """NumPy, float64."""

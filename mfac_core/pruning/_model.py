@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mfac_core._rows import Rows
+from mfac_core._rows.base import Rows
 from mfac_core.pruning._kept import KeptFisher, Mask, Vector
 
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send
-from mfac_core._operator import SymmetricOperator
+from mfac_core._operators.base import SymmetricOperator
 from mfac_core._progress import track
-from mfac_core._rows import Rows
-from mfac_core._storage import rows_of
+from mfac_core._rows.base import Rows
+from mfac_core._rows.storage import rows_of
 from mfac_core.pruning import _trust
 from mfac_core.pruning._arguments import mask_argument, vector_argument
 from mfac_core.pruning._budgets import weights_to_stay

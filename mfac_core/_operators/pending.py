@@ -10,7 +10,7 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array
 from mfac_core._dual import Dual
 from mfac_core._ops import rows as ops
-from mfac_core._ring import Ring
+from mfac_core._rows.ring import Ring
 
 LATE_DOUBT = (
     "the result of the append_matvec before, with check_finite=False, may be wrong: rounding had "

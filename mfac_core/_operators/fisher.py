@@ -9,13 +9,13 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array
-from mfac_core._lowrank import LowRankOperator
-from mfac_core._rows import Reduce, Rows
-from mfac_core._storage import rows_of
+from mfac_core._operators.lowrank import LowRankOperator
+from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.storage import rows_of
 
 if TYPE_CHECKING:
-    from mfac_core.blocked import BlockInverseFisher
-    from mfac_core.static import InverseFisher
+    from mfac_core._operators.blocked import BlockInverseFisher
+    from mfac_core._operators.static import InverseFisher
 
 
 class EmpiricalFisher(LowRankOperator):
@@ -108,8 +108,8 @@ class EmpiricalFisher(LowRankOperator):
         InverseFisher or BlockInverseFisher
             The inverse, over the same gradients.
         """
-        from mfac_core.blocked import BlockInverseFisher
-        from mfac_core.static import InverseFisher
+        from mfac_core._operators.blocked import BlockInverseFisher
+        from mfac_core._operators.static import InverseFisher
 
         if block_size is None:
             return InverseFisher(

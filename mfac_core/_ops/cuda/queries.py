@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from mfac_core._arrays import Array, Home, is_jax_array
-from mfac_core._ops import _cupy
-from mfac_core._ops._cupy import STORAGE, dtype_name, launch
-from mfac_core._ops.cuda import LARGEST_GRID_Y, LARGEST_ROWS, is_contiguous, serves
+from mfac_core._ops.cuda import machine as cuda_machine
+from mfac_core._ops.cuda.machine import STORAGE, dtype_name, launch
+from mfac_core._ops.cuda.passes import LARGEST_GRID_Y, LARGEST_ROWS, is_contiguous, serves
 
 
 def serves_columns(g: Array) -> bool:
@@ -26,17 +26,17 @@ def serves_pairs(g: Array, right: Array) -> bool:
 def take(g: Array, columns: np.ndarray[Any, Any], home: Home) -> Array:
     """Columns of G by index as float64 in ``home``, shape (m, len(columns))."""
     m, d = g.shape
-    with _cupy.machine.at(g):
-        taken = _cupy.machine.empty((m, len(columns)), "float64", g)
+    with cuda_machine.current.at(g):
+        taken = cuda_machine.current.empty((m, len(columns)), "float64", g)
         launch(
             "entries.cu",
             "take_columns",
             {"G_T": STORAGE[dtype_name(g.dtype)]},
             (-(-len(columns) // 32), min(-(-m // 16), LARGEST_GRID_Y)),
             (32, 16),
-            _cupy.machine.borrow(g),
-            _cupy.machine.receive(columns),
-            _cupy.machine.borrow(taken),
+            cuda_machine.current.borrow(g),
+            cuda_machine.current.receive(columns),
+            cuda_machine.current.borrow(taken),
             np.int32(m),
             np.int64(d),
             np.int64(len(columns)),
@@ -47,8 +47,8 @@ def take(g: Array, columns: np.ndarray[Any, Any], home: Home) -> Array:
 def pair_products(g: Array, columns: np.ndarray[Any, Any], right: Array, home: Home) -> Array:
     """Σᵣ G[r, columns[p]] right[r, p]; see :func:`mfac_core._ops.rows.pair_products`."""
     m, count = right.shape
-    with _cupy.machine.at(g):
-        products = _cupy.machine.empty((count,), "float64", g)
+    with cuda_machine.current.at(g):
+        products = cuda_machine.current.empty((count,), "float64", g)
         lent, row_step, column_step = _in_either_order(right)
         launch(
             "entries.cu",
@@ -56,10 +56,10 @@ def pair_products(g: Array, columns: np.ndarray[Any, Any], right: Array, home: H
             {"G_T": STORAGE[dtype_name(g.dtype)]},
             (-(-count // 32),),
             (32, 16),
-            _cupy.machine.borrow(g),
-            _cupy.machine.receive(columns),
+            cuda_machine.current.borrow(g),
+            cuda_machine.current.receive(columns),
             lent,
-            _cupy.machine.borrow(products),
+            cuda_machine.current.borrow(products),
             np.int32(m),
             np.int64(g.shape[1]),
             np.int64(count),
@@ -79,10 +79,10 @@ def clamped_diagonal(
 ) -> tuple[Array, Array]:
     """See :func:`mfac_core._ops.dense.clamped_diagonal`."""
     m, width = whitened.shape
-    with _cupy.machine.at(columns):
+    with cuda_machine.current.at(columns):
         lent, row_step, column_step = _in_either_order(whitened)
-        diagonal = _cupy.machine.empty((width,), "float64", columns)
-        rest = _cupy.machine.empty((width,), "float64", columns)
+        diagonal = cuda_machine.current.empty((width,), "float64", columns)
+        rest = cuda_machine.current.empty((width,), "float64", columns)
         launch(
             "diagonal.cu",
             "clamped_diagonal",
@@ -90,7 +90,7 @@ def clamped_diagonal(
             (-(-width // 32),),
             (32, 8),
             lent,
-            *map(_cupy.machine.borrow, (columns, diagonal, rest)),
+            *map(cuda_machine.current.borrow, (columns, diagonal, rest)),
             np.int32(m),
             np.int32(width),
             row_step,
@@ -105,5 +105,5 @@ def _in_either_order(a: Array) -> tuple[Any, np.int64, np.int64]:
     """View a matrix in C or Fortran order as CuPy's, with its steps along a column and a row."""
     m, width = a.shape
     if is_contiguous(a.T) and not is_contiguous(a):
-        return _cupy.machine.receive(a.T), np.int64(1), np.int64(m)
-    return _cupy.machine.receive(a), np.int64(width), np.int64(1)
+        return cuda_machine.current.receive(a.T), np.int64(1), np.int64(m)
+    return cuda_machine.current.receive(a), np.int64(width), np.int64(1)

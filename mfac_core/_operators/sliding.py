@@ -7,16 +7,16 @@ from typing import Any, cast
 
 import numpy as np
 
-from mfac_core import _state
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, device, is_traced
 from mfac_core._dual import Dual
-from mfac_core._dual_operator import SMALLEST_REST
-from mfac_core._guard import Lock, serialised, uninterrupted
-from mfac_core._inverse import DampedInverse
-from mfac_core._ring import ArrayRing, Ring
-from mfac_core._rows import Reduce, Rows
-from mfac_core._unseen import Unseen
+from mfac_core._operators import state as _state
+from mfac_core._operators.digits import SMALLEST_REST
+from mfac_core._operators.guard import Lock, serialised, uninterrupted
+from mfac_core._operators.inverse import DampedInverse
+from mfac_core._operators.pending import Unseen
+from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.ring import ArrayRing, Ring
 
 LARGEST_CANCELLATION = 128.0
 """Terms of Gᵀc relative to their sum above which it is summed in float64."""

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mfac_core._arrays import Array, Home, device, is_jax_array, is_torch_array, itemsize
-from mfac_core._ops import _cupy
-from mfac_core._ops._cupy import STORAGE, dtype_name, launch
+from mfac_core._ops.cuda import machine as cuda_machine
+from mfac_core._ops.cuda.machine import STORAGE, dtype_name, launch
 
 MOST_COLUMNS = 4
 """Columns of x a kernel takes at a time; for more, the libraries' matrix products win."""
@@ -71,7 +71,7 @@ def serves_combination(g: Array, c: Array, base: Array | None) -> bool:
 
 def reaches(x: Array) -> bool:
     """Whether an array is on a CUDA device, of a dtype kernels know, and not empty."""
-    known = _cupy.machine.holds(x) and dtype_name(x.dtype) in STORAGE
+    known = cuda_machine.current.holds(x) and dtype_name(x.dtype) in STORAGE
     return known and 0 not in x.shape
 
 
@@ -85,14 +85,14 @@ def is_contiguous(x: Array) -> bool:
 
 def project(g: Array, x: Array, home: Home) -> Array:
     """G x as float64 in ``home``; see :func:`mfac_core._ops.rows.project`."""
-    with _cupy.machine.at(g):
+    with cuda_machine.current.at(g):
         return home.receive(_project(g, x, None, None))
 
 
 def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
     """Set G[i] = row, of G's dtype; see :func:`mfac_core._ops.rows.exchange`."""
-    with _cupy.machine.at(g):
-        row = _cupy.machine.contiguous(row)
+    with cuda_machine.current.at(g):
+        row = cuda_machine.current.contiguous(row)
         norm2 = _project(row[None, :], row, None, None)
         products = _project(g, row, i, norm2)
         return home.receive(products), home.receive(norm2)
@@ -101,10 +101,10 @@ def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
 def _project(g: Array, x: Array, slot: int | None, norm2: Array | None) -> Array:
     m, d = g.shape
     columns = _columns(x)
-    held, factor = _cupy.machine.borrow(g), _cupy.machine.receive(x)
+    held, factor = cuda_machine.current.borrow(g), cuda_machine.current.receive(x)
     chunk = _chunk(d)
     parts = -(-d // chunk)
-    partial = _cupy.machine.empty((parts, m * columns), "float64", g)
+    partial = cuda_machine.current.empty((parts, m * columns), "float64", g)
     macros = {
         "G_T": STORAGE[dtype_name(g.dtype)],
         "X_T": STORAGE[dtype_name(x.dtype)],
@@ -121,12 +121,12 @@ def _project(g: Array, x: Array, slot: int | None, norm2: Array | None) -> Array
         (256,),
         held,
         factor,
-        _cupy.machine.borrow(partial),
+        cuda_machine.current.borrow(partial),
         np.int32(m),
         np.int64(d),
         np.int64(chunk),
         np.int32(-1 if slot is None else slot),
-        _cupy.machine.borrow(partial if norm2 is None else norm2),
+        cuda_machine.current.borrow(partial if norm2 is None else norm2),
     )
     return sum_parts(partial, None, 0.0, (m, *x.shape[1:]), "float64", g)
 
@@ -142,9 +142,9 @@ def combine(g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any)
     m, d = g.shape
     columns = _columns(c)
     name = "float64" if dtype is None else dtype_name(dtype)
-    with _cupy.machine.at(g):
-        held, weights = _cupy.machine.borrow(g), _cupy.machine.receive(c)
-        added = weights if base is None else _cupy.machine.receive(base)
+    with cuda_machine.current.at(g):
+        held, weights = cuda_machine.current.borrow(g), cuda_machine.current.receive(c)
+        added = weights if base is None else cuda_machine.current.receive(base)
         added_dtype = weights.dtype if base is None else base.dtype
         alpha = 0.0 if base is None else alpha
         shape = (d, *c.shape[1:])
@@ -153,7 +153,7 @@ def combine(g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any)
         rows = -(-m // slices)
         slices = -(-m // rows)  # rounding up may have left none for the last
         whole = slices == 1
-        out = _cupy.machine.empty(
+        out = cuda_machine.current.empty(
             shape if whole else (slices, d * columns), name if whole else "float64", g
         )
         macros = {
@@ -173,14 +173,14 @@ def combine(g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any)
             weights,
             added,
             np.float64(alpha if whole else 0.0),
-            _cupy.machine.borrow(out),
+            cuda_machine.current.borrow(out),
             np.int32(m),
             np.int64(d),
             np.int32(rows),
         )
         if not whole:
             out = sum_parts(out, base, alpha, shape, name, g)
-        return _cupy.machine.give_back(out, g)
+        return cuda_machine.current.give_back(out, g)
 
 
 def _slices(m: int, threads: int) -> int:
@@ -194,9 +194,9 @@ def sum_parts(
 ) -> Array:
     """alpha·base + the sum of the parts, (parts, n), as an array of this shape and dtype."""
     parts, n = partial.shape
-    held = _cupy.machine.borrow(partial)
-    added = held if base is None else _cupy.machine.receive(base)
-    out = _cupy.machine.empty(shape, name, g)
+    held = cuda_machine.current.borrow(partial)
+    added = held if base is None else cuda_machine.current.receive(base)
+    out = cuda_machine.current.empty(shape, name, g)
     added_name = "float64" if base is None else dtype_name(base.dtype)
     launch(
         "sum.cu",
@@ -207,7 +207,7 @@ def sum_parts(
         held,
         added,
         np.float64(alpha),
-        _cupy.machine.borrow(out),
+        cuda_machine.current.borrow(out),
         np.int32(parts),
         np.int64(n),
     )
@@ -220,10 +220,12 @@ def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Ar
     Returns the int32 array [0], or [1] where rounding forbade it and the inverse is as it was.
     """
     m = inverse.shape[0]
-    with _cupy.machine.at(inverse):
-        scratch = _cupy.machine.borrow(_cupy.machine.empty((2, m), "float64", inverse))
-        failed = _cupy.machine.empty((1,), "int32", inverse)
-        held, fresh = _cupy.machine.borrow(inverse), _cupy.machine.borrow(row)
+    with cuda_machine.current.at(inverse):
+        scratch = cuda_machine.current.borrow(
+            cuda_machine.current.empty((2, m), "float64", inverse)
+        )
+        failed = cuda_machine.current.empty((1,), "int32", inverse)
+        held, fresh = cuda_machine.current.borrow(inverse), cuda_machine.current.borrow(row)
         size, index = np.int32(m), np.int32(i)
         groups = (-(-m // 8),)
         launch(
@@ -232,15 +234,15 @@ def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Ar
         )  # fmt: skip
         launch(
             "dual.cu", "dual_update", {}, groups, (256,),
-            held, _cupy.machine.borrow(gram), fresh, scratch[0], scratch[1],
-            _cupy.machine.borrow(failed), np.float64(shift), size, index,
+            held, cuda_machine.current.borrow(gram), fresh, scratch[0], scratch[1],
+            cuda_machine.current.borrow(failed), np.float64(shift), size, index,
         )  # fmt: skip
         return failed
 
 
 def later(x: Array) -> Callable[[], Any]:
     """See :func:`mfac_core._ops.rows.later`."""
-    return _cupy.machine.later(x)
+    return cuda_machine.current.later(x)
 
 
 def _columns(x: Array) -> int:

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from mfac_core import _traced
 from mfac_core._arrays import Array, is_traced, promote, send, to_numpy, widen
-from mfac_core._dual_operator import SMALLEST_REST, DualOperator
-from mfac_core._guard import serialised
-from mfac_core._lowrank import LowRankOperator
-from mfac_core._operator import Indices
+from mfac_core._jax import traced as _traced
+from mfac_core._operators.base import Indices
+from mfac_core._operators.digits import SMALLEST_REST, DualOperator
+from mfac_core._operators.guard import serialised
+from mfac_core._operators.lowrank import LowRankOperator
 from mfac_core._ops import dense
-from mfac_core._rows import SMALLEST_FLOAT32_REST
+from mfac_core._rows.base import SMALLEST_FLOAT32_REST
 
 
 class DampedInverse(DualOperator):

@@ -10,8 +10,8 @@ import numpy as np
 
 from mfac_core._arrays import Array, send
 from mfac_core._ops import rows as ops
-from mfac_core._rows import Reduce, Rows
-from mfac_core._storage import ArrayRows
+from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.storage import ArrayRows
 
 
 class Ring(Rows):

@@ -1,4 +1,4 @@
-"""The optimiser for PyTorch, and gradients of single samples."""
+"""The optimiser: SGD preconditioned by the inverse Fisher matrix of a window of its gradients."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ import numpy as np
 import torch
 
 from mfac_core._arrays import array_namespace
-from mfac_core._per_sample import per_sample_gradients as per_sample_gradients
-from mfac_core._rows import Reduce
+from mfac_core._operators.sliding import SlidingInverseFisher
+from mfac_core._operators.sparse import SparseSlidingInverseFisher
+from mfac_core._rows.base import Reduce
 from mfac_core._validate import NonFiniteError
-from mfac_core.sliding import SlidingInverseFisher
-from mfac_core.sparse import SparseSlidingInverseFisher
-
-__all__ = ["MFAC", "per_sample_gradients"]
 
 Tensor = Any
 

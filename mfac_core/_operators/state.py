@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from mfac_core.sliding import SlidingInverseFisher
+    from mfac_core._operators.sliding import SlidingInverseFisher
 
 VERSION = 1
 """Version of the state's form."""

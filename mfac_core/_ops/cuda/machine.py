@@ -1,7 +1,7 @@
 """What the kernels ask of CuPy: compiled modules, arrays without copies, the caller's stream.
 
 CuPy is looked for in ``sys.modules`` and imported only when an array on a CUDA device of another
-library arrives. Tests put another machine in the place of :data:`machine`.
+library arrives. Tests put another machine in the place of :data:`current`.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Machine:
                 yield
 
 
-machine = Machine()
+current = Machine()
 
 
 @functools.cache
@@ -203,7 +203,7 @@ def launch(
     CuPy checks nothing: arrays must be contiguous and of the types the macros name, and numbers
     NumPy scalars of the width the kernel declares.
     """
-    found = kernel(machine, machine.device(), file, name, tuple(macros.items()))
+    found = kernel(current, current.device(), file, name, tuple(macros.items()))
     if shared_bytes > ALWAYS_SHARED:
         found.max_dynamic_shared_size_bytes = shared_bytes
     found(grid, block, arguments, shared_mem=shared_bytes)

@@ -10,11 +10,11 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, device, to_numpy
-from mfac_core._operator import Indices, SymmetricOperator
-from mfac_core._primal import invert_blocks
-from mfac_core._rows import Reduce, Rows
-from mfac_core._storage import rows_of
-from mfac_core.static import InverseFisher
+from mfac_core._operators.base import Indices, SymmetricOperator
+from mfac_core._operators.primal import invert_blocks
+from mfac_core._operators.static import InverseFisher
+from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.storage import rows_of
 
 
 class BlockDiagonal(SymmetricOperator):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 from mfac_core._arrays import Array
-from mfac_core._lowrank import LowRankOperator
-from mfac_core._rows import SMALLEST_FLOAT32_REST, Rows
+from mfac_core._operators.lowrank import LowRankOperator
+from mfac_core._rows.base import SMALLEST_FLOAT32_REST, Rows
 
 
 class FisherPower(LowRankOperator):

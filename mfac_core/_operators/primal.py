@@ -9,9 +9,9 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, home_of, promote, send, to_numpy
-from mfac_core._operator import Indices, SymmetricOperator
-from mfac_core._ops import _cuda_blocks
-from mfac_core._rows import Rows
+from mfac_core._operators.base import Indices, SymmetricOperator
+from mfac_core._ops.cuda import blocks as cuda_blocks
+from mfac_core._rows.base import Rows
 
 BATCH_BYTES = 1 << 24
 """Size of the float64 gradients, and of the matrices, that are worked on at a time."""
@@ -91,8 +91,8 @@ class PrimalBlocks(SymmetricOperator):
     def _apply(self, x: Any, refine: int) -> Array:
         dtype = promote(x, self.dtype)
         blocks, size, _ = self._matrices.shape
-        if x.ndim == 1 and _cuda_blocks.serves_product(self._matrices, x):
-            return _cuda_blocks.product(self._matrices, np.full(blocks, size), x, dtype=dtype)
+        if x.ndim == 1 and cuda_blocks.serves_product(self._matrices, x):
+            return cuda_blocks.product(self._matrices, np.full(blocks, size), x, dtype=dtype)
         return send(self._multiply(self._home.receive(x)), x, dtype)
 
     def _diagonal(self) -> Array:
@@ -158,10 +158,10 @@ def _on_device(rows: Rows, size: int, blocks: int, damping: float) -> Array | No
     """Return the inverses by a kernel, where it takes all of G, and finds nothing wrong."""
     array = getattr(rows, "array", None)
     covers = array is not None and int(array.shape[1]) == size * blocks
-    if not covers or not _cuda_blocks.serves_blocks(array, size):
+    if not covers or not cuda_blocks.serves_blocks(array, size):
         return None
     xp, lengths = rows.home.xp, np.full(blocks, size)
-    inverses, failed = _cuda_blocks.inverses(array, lengths, damping, rows.shape[0])
+    inverses, failed = cuda_blocks.inverses(array, lengths, damping, rows.shape[0])
     sound = bool(xp.all(xp.isfinite(inverses))) and not bool(xp.any(failed != 0))
     return inverses if sound else None
 

@@ -7,15 +7,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from mfac_core import _traced
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, is_traced, itemsize, promote, send
 from mfac_core._dual import Dual
-from mfac_core._guard import Lock
-from mfac_core._inverse import DampedInverse
-from mfac_core._operator import Indices
-from mfac_core._rows import SMALLEST_FLOAT32_REST, Reduce, Rows
-from mfac_core._storage import ArrayRows, rows_of
+from mfac_core._jax import traced as _traced
+from mfac_core._operators.base import Indices
+from mfac_core._operators.guard import Lock
+from mfac_core._operators.inverse import DampedInverse
+from mfac_core._rows.base import SMALLEST_FLOAT32_REST, Reduce, Rows
+from mfac_core._rows.storage import ArrayRows, rows_of
 
 
 class InverseFisher(DampedInverse):

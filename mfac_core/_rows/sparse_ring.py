@@ -12,9 +12,9 @@ from mfac_core._arrays import Array, array_namespace, device, itemsize, send
 from mfac_core._ops import rows as ops
 from mfac_core._ops import sparse
 from mfac_core._ops.sparse import Entries
-from mfac_core._ring import Ring
-from mfac_core._rows import Columns, Reduce
-from mfac_core._storage import ArrayRows
+from mfac_core._rows.base import Columns, Reduce
+from mfac_core._rows.ring import Ring
+from mfac_core._rows.storage import ArrayRows
 
 LARGEST_BLOCK = 4096
 """Most columns of a block: their float64 sums fit the shared memory of any CUDA device."""

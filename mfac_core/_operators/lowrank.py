@@ -11,9 +11,9 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, promote, to_numpy
-from mfac_core._guard import serialised
-from mfac_core._operator import Indices, SymmetricOperator
-from mfac_core._rows import Rows
+from mfac_core._operators.base import Indices, SymmetricOperator
+from mfac_core._operators.guard import serialised
+from mfac_core._rows.base import Rows
 
 
 class LowRankOperator(SymmetricOperator):
@@ -143,7 +143,7 @@ class LowRankOperator(SymmetricOperator):
         problem of size m, O(m³), and products as of the operator itself; in float64 where float32
         would lose digits of a negative power of F.
         """
-        from mfac_core._power import FisherPower
+        from mfac_core._operators.power import FisherPower
 
         exponent = check.finite_number(p, "p") * self._exponent
         rows, gram = self._frozen()

@@ -12,9 +12,9 @@ import scipy
 
 from mfac_core._arrays import Array, itemsize, promote, to_numpy
 from mfac_core._dual import Dual
-from mfac_core._guard import uninterrupted
-from mfac_core._lowrank import LowRankOperator
-from mfac_core._rows import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW, SMALLEST_FLOAT32_REST
+from mfac_core._operators.guard import uninterrupted
+from mfac_core._operators.lowrank import LowRankOperator
+from mfac_core._rows.base import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW, SMALLEST_FLOAT32_REST
 
 LARGEST_DIAGONAL_ROUNDING = 1e-5
 """Rounding of the Gram relative to 1 − t, above which the diagonal asks for float64 products."""

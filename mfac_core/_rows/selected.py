@@ -9,7 +9,7 @@ import numpy as np
 
 from mfac_core._arrays import Array
 from mfac_core._ops import rows as ops
-from mfac_core._rows import Rows
+from mfac_core._rows.base import Rows
 
 
 class SelectedRows(Rows):

@@ -8,11 +8,11 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, is_traced
+from mfac_core._operators.sliding import SlidingInverseFisher
 from mfac_core._ops import sparse
-from mfac_core._ring import Ring
-from mfac_core._rows import Reduce
-from mfac_core._sparse_ring import SparseRing, SparseRow, format_of, wide_dtype
-from mfac_core.sliding import SlidingInverseFisher
+from mfac_core._rows.base import Reduce
+from mfac_core._rows.ring import Ring
+from mfac_core._rows.sparse_ring import SparseRing, SparseRow, format_of, wide_dtype
 
 
 class SparseSlidingInverseFisher(SlidingInverseFisher):

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from mfac_core._arrays import Array, Home, is_jax_array
-from mfac_core._ops import _cupy, cuda
-from mfac_core._ops._cupy import STORAGE, dtype_name, launch
 from mfac_core._ops._entries import Entries
+from mfac_core._ops.cuda import machine as cuda_machine
+from mfac_core._ops.cuda import passes as cuda_passes
+from mfac_core._ops.cuda.machine import STORAGE, dtype_name, launch
 
 WIDEST = 4096
 """Most columns of a block, as the kernels have it."""
@@ -24,26 +25,30 @@ SLICE_ROWS = 64
 
 def serves(entries: Entries, x: Array | None) -> bool:
     """Whether kernels take sparse rows and what is multiplied or added: a vector or columns."""
-    held = entries.width <= WIDEST and cuda.is_contiguous(entries.indices)
-    return held and cuda.serves(entries.values) and (x is None or (_few(x) and cuda.reaches(x)))
+    held = entries.width <= WIDEST and cuda_passes.is_contiguous(entries.indices)
+    return (
+        held
+        and cuda_passes.serves(entries.values)
+        and (x is None or (_few(x) and cuda_passes.reaches(x)))
+    )
 
 
 def serves_combination(entries: Entries, c: Array, base: Array | None) -> bool:
     """Whether kernels take sparse rows, their weights, in the home, and what is added."""
-    here = is_jax_array(entries.values) or cuda.reaches(c)  # JAX's home is NumPy
+    here = is_jax_array(entries.values) or cuda_passes.reaches(c)  # JAX's home is NumPy
     return here and _few(c) and serves(entries, base)
 
 
 def _few(x: Array) -> bool:
-    return bool(x.ndim == 1 or 0 < x.shape[1] <= cuda.LARGEST_GRID_Y)
+    return bool(x.ndim == 1 or 0 < x.shape[1] <= cuda_passes.LARGEST_GRID_Y)
 
 
 def project(entries: Entries, x: Array, home: Home) -> Array:
     """G x; see :func:`mfac_core._ops.sparse.project`."""
     values, m = entries.values, entries.m
-    with _cupy.machine.at(values):
+    with cuda_machine.current.at(values):
         columns = math.prod(x.shape[1:])
-        partial = _cupy.machine.empty((values.shape[0], m * columns), "float64", values)
+        partial = cuda_machine.current.empty((values.shape[0], m * columns), "float64", values)
         slices, rows = _slices(entries)
         _launch(
             "sparse_project",
@@ -51,10 +56,10 @@ def project(entries: Entries, x: Array, home: Home) -> Array:
             entries,
             (slices, columns),
             rows,
-            _cupy.machine.receive(x),
-            _cupy.machine.borrow(partial),
+            cuda_machine.current.receive(x),
+            cuda_machine.current.borrow(partial),
         )
-        product = cuda.sum_parts(partial, None, 0.0, (m, *x.shape[1:]), "float64", values)
+        product = cuda_passes.sum_parts(partial, None, 0.0, (m, *x.shape[1:]), "float64", values)
         return home.receive(product)
 
 
@@ -62,15 +67,15 @@ def combine(entries: Entries, c: Array, base: Array | None, alpha: float, dtype:
     """alpha·base + Gᵀc; see :func:`mfac_core._ops.sparse.combine`."""
     values, d = entries.values, entries.d
     name = "float64" if dtype is None else dtype_name(dtype)
-    with _cupy.machine.at(values):
-        weights = _cupy.machine.receive(c)
-        added = weights if base is None else _cupy.machine.receive(base)
+    with cuda_machine.current.at(values):
+        weights = cuda_machine.current.receive(c)
+        added = weights if base is None else cuda_machine.current.receive(base)
         added_dtype = weights.dtype if base is None else base.dtype
         alpha = 0.0 if base is None else alpha
         columns, shape = math.prod(c.shape[1:]), (d, *c.shape[1:])
         slices, rows = _slices(entries)
         whole = slices == 1
-        out = _cupy.machine.empty(
+        out = cuda_machine.current.empty(
             shape if whole else (slices, d * columns), name if whole else "float64", values
         )
         _launch(
@@ -85,11 +90,11 @@ def combine(entries: Entries, c: Array, base: Array | None, alpha: float, dtype:
             weights,
             added,
             np.float64(alpha if whole else 0.0),
-            _cupy.machine.borrow(out),
+            cuda_machine.current.borrow(out),
         )
         if not whole:
-            out = cuda.sum_parts(out, base, alpha, shape, name, values)
-        return _cupy.machine.give_back(out, values)
+            out = cuda_passes.sum_parts(out, base, alpha, shape, name, values)
+        return cuda_machine.current.give_back(out, values)
 
 
 def _slices(entries: Entries) -> tuple[int, int]:
@@ -116,8 +121,8 @@ def _launch(
         {"V_T": STORAGE[dtype_name(entries.values.dtype)], **macros},
         (blocks, *grid),
         (128,),
-        _cupy.machine.borrow(entries.indices),
-        _cupy.machine.borrow(entries.values),
+        cuda_machine.current.borrow(entries.indices),
+        cuda_machine.current.borrow(entries.values),
         *operands,
         np.int32(entries.m),
         np.int32(capacity),

@@ -17,7 +17,7 @@ from mfac_core._arrays import (
 )
 from mfac_core._ops import rows as ops
 from mfac_core._progress import track
-from mfac_core._rows import Columns, Reduce, Rows
+from mfac_core._rows.base import Columns, Reduce, Rows
 
 PART_BYTES = 1 << 25
 """What is read of a file at a time, and the stride of a progress bar."""

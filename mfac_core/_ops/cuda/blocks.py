@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from mfac_core._arrays import Array, is_jax_array
-from mfac_core._ops import _cupy, cuda
-from mfac_core._ops._cupy import STORAGE, dtype_name, launch
+from mfac_core._ops.cuda import machine as cuda_machine
+from mfac_core._ops.cuda import passes as cuda_passes
+from mfac_core._ops.cuda.machine import STORAGE, dtype_name, launch
 
 WIDTHS = (32, 64, 128)
 """The widths of blocks the kernels are compiled for; a narrower block takes the next."""
@@ -22,15 +23,17 @@ def serves_blocks(g: Array, widest: int) -> bool:
 
     They do up to 128, as far as the device's shared memory goes.
     """
-    if is_jax_array(g) or not 0 < widest <= WIDTHS[-1] or not cuda.serves(g):
+    if is_jax_array(g) or not 0 < widest <= WIDTHS[-1] or not cuda_passes.serves(g):
         return False
-    with _cupy.machine.at(g):
-        return _shared_bytes(_width(widest)) <= _cupy.machine.shared_bytes()
+    with cuda_machine.current.at(g):
+        return _shared_bytes(_width(widest)) <= cuda_machine.current.shared_bytes()
 
 
 def serves_product(inverses: Array, x: Array) -> bool:
     """Whether kernels multiply a vector by these inverses."""
-    return not is_jax_array(x) and inverses.shape[1] <= WIDTHS[-1] and cuda.serves(inverses, x)
+    return (
+        not is_jax_array(x) and inverses.shape[1] <= WIDTHS[-1] and cuda_passes.serves(inverses, x)
+    )
 
 
 def inverses(
@@ -45,19 +48,19 @@ def inverses(
     m, d = g.shape
     count, widest = len(lengths), int(max(lengths))
     width = _width(widest)
-    with _cupy.machine.at(g):
-        result = _cupy.machine.empty((count, widest, widest), "float64", g)
-        failed = _cupy.machine.empty((count,), "int32", g)
+    with cuda_machine.current.at(g):
+        result = cuda_machine.current.empty((count, widest, widest), "float64", g)
+        failed = cuda_machine.current.empty((count,), "int32", g)
         launch(
             "blocks.cu",
             "block_inverses",
             {"G_T": STORAGE[dtype_name(g.dtype)], **_macros(width, "float64", "float64")},
             (count,),
             (16, 16),
-            _cupy.machine.borrow(g),
+            cuda_machine.current.borrow(g),
             _starts(lengths),
-            _cupy.machine.borrow(result),
-            _cupy.machine.borrow(failed),
+            cuda_machine.current.borrow(result),
+            cuda_machine.current.borrow(failed),
             np.int32(m),
             np.int64(d),
             np.int32(widest),
@@ -72,18 +75,18 @@ def product(inverses: Array, lengths: np.ndarray[Any, Any], x: Array, *, dtype: 
     """Multiply a vector by the inverses, block by block; the result is of a dtype kernels know."""
     count, widest, _ = inverses.shape
     name = dtype_name(dtype)
-    with _cupy.machine.at(inverses):
-        out = _cupy.machine.empty((int(sum(lengths)),), name, inverses)
+    with cuda_machine.current.at(inverses):
+        out = cuda_machine.current.empty((int(sum(lengths)),), name, inverses)
         launch(
             "blocks.cu",
             "block_product",
             {"G_T": "double", **_macros(_width(widest), dtype_name(x.dtype), name)},
             (count,),
             (256,),
-            _cupy.machine.borrow(inverses),
+            cuda_machine.current.borrow(inverses),
             _starts(lengths),
-            _cupy.machine.receive(x),
-            _cupy.machine.borrow(out),
+            cuda_machine.current.receive(x),
+            cuda_machine.current.borrow(out),
             np.int32(widest),
         )
         return out
@@ -97,7 +100,7 @@ def _starts(lengths: np.ndarray[Any, Any]) -> Any:
     """Return where each block begins, and the end, on the device."""
     starts = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=starts[1:])
-    return _cupy.machine.receive(starts)
+    return cuda_machine.current.receive(starts)
 
 
 def _width(widest: int) -> int:

@@ -1,0 +1,1 @@
+"""The d-sized half."""

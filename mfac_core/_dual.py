@@ -10,7 +10,6 @@ replacements.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ import scipy
 
 from mfac_core._arrays import Array, Home, to_numpy
 from mfac_core._ops import dense
+from mfac_core._warn import warn
 
 LARGEST_CORRECTION = 1e-4
 """Relative size of a solution's first correction above which K is given up."""
@@ -89,7 +89,7 @@ class Dual:
 
     def replace(self, i: int, row: Array) -> None:
         """Exchange row and column i of the Gram; O(m²) where an inverse is known."""
-        self.doubtful()
+        self.discard_if_doubtful()
         if self._inverse is None and self._factor is not None:
             self._inverse = dense.inverse(self.home, self._matrix(self.shift))
             self._replaced = 0
@@ -134,7 +134,7 @@ class Dual:
 
     def solve(self, b: Array) -> Array:
         """A⁻¹b for b of shape (m,) or (m, k)."""
-        self.doubtful()
+        self.discard_if_doubtful()
         if self._inverse is not None:
             y = self._refined(b, self._inverse @ b)
             if y is not None:
@@ -143,7 +143,7 @@ class Dual:
         return dense.cholesky_solve(self.home, self.factor(), b)
 
     def column(self, i: int) -> Array:
-        """A⁻¹eᵢ, shape (m,); to be asked for again where :meth:`doubtful` then says so."""
+        """A⁻¹eᵢ, shape (m,); to be asked for again where K is then found doubtful."""
         e = self.home.zeros(len(self))
         e[i] = 1.0
         if self.doubt is not None and self._inverse is not None:
@@ -155,8 +155,8 @@ class Dual:
             self._inverse = None
         return dense.cholesky_solve(self.home, self.factor(), e)
 
-    def doubtful(self, found: float | None = None) -> bool:
-        """Whether a device has found K too far from A⁻¹, which is then given up.
+    def discard_if_doubtful(self, found: float | None = None) -> bool:
+        """Give K up where a device has found it too far from A⁻¹; whether it has.
 
         Waits for :attr:`doubt`, unless the caller has looked at it and says what was ``found``.
         """
@@ -180,11 +180,10 @@ class Dual:
             factor = dense.cholesky(self.home, self._matrix(self.shift + lift))
             if factor is not None:
                 self._factor = factor
-                warnings.warn(
+                warn(
                     f"the dual nλI + GGᵀ is singular in float64, and its nλ = {self.shift:g} was "
                     f"taken as {self.shift + lift:g}; raise the damping",
                     scipy.linalg.LinAlgWarning,
-                    stacklevel=2,
                 )
                 return factor
             lift *= 8.0
@@ -218,7 +217,7 @@ class Dual:
 
         O(m²) where the inverse or the factor is known.
         """
-        self.doubtful()
+        self.discard_if_doubtful()
         if self._inverse is None and self._known_factor() is None:
             return math.inf
         n = len(self)
@@ -305,7 +304,7 @@ class Dual:
 
     def state(self) -> dict[str, Any]:
         """Return NumPy copies of all that later results depend on, bit for bit."""
-        self.doubtful()
+        self.discard_if_doubtful()
         inverse = self.home.zeros((0, 0)) if self._inverse is None else self._inverse
         probe = self.home.zeros(0) if self._probe is None else self._probe
         return {

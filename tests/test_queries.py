@@ -5,7 +5,7 @@ import pytest
 from conftest import CASES, numpy64, relative_error
 
 import mfac_core as mfac
-from mfac_core._rows.base import SMALLEST_FLOAT32_REST
+from mfac_core._operators.digits import SMALLEST_FLOAT32_REST
 from mfac_core.testing import dense_fisher, dense_inverse
 
 

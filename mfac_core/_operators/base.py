@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -15,17 +17,23 @@ if TYPE_CHECKING:
 
 Indices: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
+Answer = TypeVar("Answer")
+
 
 class SymmetricOperator(ABC):
     """A real symmetric (d, d) matrix known by its products.
 
-    This class checks arguments and documents the queries; subclasses answer them in private
-    methods, in float64 where results are small.
+    This class is the one door: its public methods check arguments and :meth:`_ask` one thread at a
+    time, on settled ground. Subclasses answer in private methods that know none of this: in float64
+    where results are small, and calling no public ones.
     """
 
     ndim = 2
     __array_ufunc__ = None  # lets ndarray @ operator reach __rmatmul__
     __array_priority__ = 100.0
+
+    _lock: AbstractContextManager[Any] = nullcontext()
+    """What a query holds while it runs; nothing where queries change nothing."""
 
     @property
     @abstractmethod
@@ -43,12 +51,12 @@ class SymmetricOperator(ABC):
         """The device of the gradients."""
 
     @abstractmethod
-    def _apply(self, x: Any, refine: int) -> Any:
-        """Return the product with a checked x of shape (d,) or (d, k)."""
+    def _like(self) -> Array:
+        """Return an array of the operator's library, dtype and (first) device."""
 
     @abstractmethod
-    def _like(self) -> Array:
-        """Return an array of the operator's library and (first) device."""
+    def _apply(self, x: Any) -> Any:
+        """Return the product with a checked x of shape (d,) or (d, k)."""
 
     @abstractmethod
     def _diagonal(self) -> Array:
@@ -71,29 +79,21 @@ class SymmetricOperator(ABC):
         """Return n draws from N(0, op) as columns, shape (d, n)."""
 
     @abstractmethod
-    def logdet(self) -> float:
-        """Return the logarithm of the operator's determinant.
-
-        Returns
-        -------
-        float
-            log det of the operator itself: of F for a Fisher matrix, of F⁻¹ for an inverse one.
-        """
+    def _logdet(self) -> float:
+        """Return the logarithm of the determinant."""
 
     @abstractmethod
-    def power(self, p: float) -> SymmetricOperator:
-        """Return a real power of this operator, as an operator.
+    def _power(self, p: float) -> SymmetricOperator:
+        """Return a power for a checked p."""
 
-        Parameters
-        ----------
-        p : float
-            Any real number. Relative to this operator: ``InverseFisher(...).power(0.5)`` is F^-½.
+    def _settle(self) -> None:  # noqa: B027 -- most have nothing to see to
+        """See to what was left for the next query, before it."""
 
-        Returns
-        -------
-        operator of shape (d, d)
-            With the same queries.
-        """
+    def _ask(self, query: Callable[..., Answer], *arguments: Any) -> Answer:
+        """Answer a query behind the one door."""
+        with self._lock:
+            self._settle()
+            return query(*arguments)
 
     @property
     def T(self) -> Self:
@@ -105,25 +105,27 @@ class SymmetricOperator(ABC):
         """The adjoint: the operator itself."""
         return self
 
-    def _checked_columns(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
+    def _checked(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
+        """Check what is to be multiplied."""
         x = check.vector_argument(x, name, self.shape[0], ndim=ndim)
         check.beside(x, name, self._like())
         return x
 
-    def _product(self, x: Any, name: str, ndim: tuple[int, ...], refine: int = 0) -> Any:
-        x = self._checked_columns(x, name, ndim)
-        return self._apply(x, check.integer(refine, "refine", minimum=0))
+    def _sent(self, values: Array) -> Array:
+        """Bring small results to the operator's library, device and dtype."""
+        like = self._like()
+        return send(values, like, like.dtype)
 
     def _column(self, j: int) -> Array:
-        return self._apply(self._unit(j), 0)
+        return self._apply(self._unit(j))
 
     def _unit(self, j: int) -> Array:
         unit = np.zeros(self.shape[0])
         unit[j] = 1.0
-        return send(unit, self._like(), self.dtype)
+        return self._sent(unit)
 
     def _normal(self, n: int, rng: np.random.Generator) -> Array:
-        return send(rng.standard_normal((self.shape[0], n)), self._like(), self.dtype)
+        return self._sent(rng.standard_normal((self.shape[0], n)))
 
     def matvec(self, x: Array) -> Array:
         """Multiply a vector.
@@ -145,7 +147,7 @@ class SymmetricOperator(ABC):
         ValueError
             If its shape or device is another.
         """
-        return self._product(x, "x", (1,))
+        return self._ask(self._apply, self._checked(x, "x", (1,)))
 
     def matmat(self, x: Array) -> Array:
         """Multiply a matrix of columns at the speed of matrix products.
@@ -160,7 +162,7 @@ class SymmetricOperator(ABC):
         array, shape (d, k)
             In the promoted dtype of ``x`` and the gradients.
         """
-        return self._product(x, "x", (2,))
+        return self._ask(self._apply, self._checked(x, "x", (2,)))
 
     def diagonal(self) -> Array:
         """Return the diagonal.
@@ -174,7 +176,7 @@ class SymmetricOperator(ABC):
         -----
         Streams over blocks of columns; nothing of size m × d is stored.
         """
-        return send(self._diagonal(), self._like(), self.dtype)
+        return self._sent(self._ask(self._diagonal))
 
     def entries(self, rows: Any, cols: Any) -> Array:
         """Return single elements, by row and column.
@@ -211,7 +213,7 @@ class SymmetricOperator(ABC):
         except ValueError:
             msg = f"rows and cols must have shapes that broadcast, got {i.shape} and {j.shape}"
             raise ValueError(msg) from None
-        values = send(self._entries(i.ravel(), j.ravel()), self._like(), self.dtype)
+        values = self._sent(self._ask(self._entries, i.ravel(), j.ravel()))
         return array_namespace(values).reshape(values, i.shape)
 
     def column(self, j: int) -> Array:
@@ -241,7 +243,7 @@ class SymmetricOperator(ABC):
         -----
         One pass over the gradients, where a product has two.
         """
-        return self._column(int(check.indices(j, "j", self.shape[0], ndim=(0,))))
+        return self._ask(self._column, int(check.indices(j, "j", self.shape[0], ndim=(0,))))
 
     def submatrix(self, indices: Any) -> Array:
         """Return the square matrix of chosen rows and columns.
@@ -271,7 +273,7 @@ class SymmetricOperator(ABC):
         O(k·m² + k²·m) for a low-rank operator; only k columns of the gradients are read.
         """
         i = check.indices(indices, "indices", self.shape[0], ndim=(1,))
-        return send(self._submatrix(i), self._like(), self.dtype)
+        return self._sent(self._ask(self._submatrix, i))
 
     def quadratic(self, x: Array) -> Any:
         """Return xᵀ·op·x.
@@ -295,9 +297,39 @@ class SymmetricOperator(ABC):
         -----
         One pass over the gradients, where a product has two.
         """
-        x = self._checked_columns(x, "x", (1, 2))
-        values = self._quadratic(x)
-        return float(values) if values.ndim == 0 else send(values, self._like(), self.dtype)
+        x = self._checked(x, "x", (1, 2))
+        values = self._ask(self._quadratic, x)
+        return float(values) if values.ndim == 0 else self._sent(values)
+
+    def logdet(self) -> float:
+        """Return the logarithm of the operator's determinant.
+
+        Returns
+        -------
+        float
+            log det of the operator itself: of F for a Fisher matrix, of F⁻¹ for an inverse one.
+        """
+        return self._ask(self._logdet)
+
+    def power(self, p: float) -> SymmetricOperator:
+        """Return a real power of this operator, as an operator.
+
+        Parameters
+        ----------
+        p : float
+            Any real number. Relative to this operator: ``InverseFisher(...).power(0.5)`` is F^-½.
+
+        Returns
+        -------
+        operator of shape (d, d)
+            With the same queries.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``p`` is not a finite number.
+        """
+        return self._ask(self._power, check.finite_number(p, "p"))
 
     def sample(self, n: int, rng: Any = None) -> Array:
         """Draw from the normal distribution with this operator as its covariance.
@@ -315,7 +347,7 @@ class SymmetricOperator(ABC):
             Draws from N(0, op), in the gradients' dtype.
         """
         n = check.integer(n, "n", minimum=1)
-        return self._sample(n, np.random.default_rng(rng)).T
+        return self._ask(self._sample, n, np.random.default_rng(rng)).T
 
     def rmatvec(self, x: Array) -> Array:
         """Multiply a vector by the adjoint, which is the operator itself.
@@ -348,12 +380,12 @@ class SymmetricOperator(ABC):
         return self.matmat(x)
 
     def __matmul__(self, x: Array) -> Array:
-        return self._product(x, "x", (1, 2))
+        return self._ask(self._apply, self._checked(x, "x", (1, 2)))
 
     def __rmatmul__(self, x: Array) -> Array:
         if getattr(x, "ndim", 1) == 2:
-            return self._product(x.T, "x.T", (2,)).T
-        return self._product(x, "x", (1,))
+            return self._ask(self._apply, self._checked(x.T, "x.T", (2,))).T
+        return self._ask(self._apply, self._checked(x, "x", (1,)))
 
     def to_dense(self) -> Array:
         """Return the (d, d) matrix itself; for checks on small problems.
@@ -363,12 +395,10 @@ class SymmetricOperator(ABC):
         array, shape (d, d)
             In the gradients' dtype; O(d²) memory, d products.
         """
-        like = self._like()
-        xp = array_namespace(like)
-        eye = send(np.eye(self.shape[0]), like, self.dtype)
-        dense = self._apply(eye, 0)
+        dense = self._ask(self._apply, self._sent(np.eye(self.shape[0])))
         # Rounding differs above and below the diagonal; the matrix is symmetric.
-        return xp.astype((dense + dense.T) / 2, self.dtype, copy=False)
+        dense = (dense + dense.T) / 2
+        return array_namespace(dense).astype(dense, self._like().dtype, copy=False)
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """Return a SciPy LinearOperator of NumPy arrays, with ``matmat`` kept whole.
@@ -381,13 +411,12 @@ class SymmetricOperator(ABC):
         """
         import scipy.sparse.linalg
 
-        like = self._like()
-        numpy_dtype = to_numpy(like[:0, :0]).dtype
+        numpy_dtype = to_numpy(self._like()[:0, :0]).dtype
         dtype = np.promote_types(numpy_dtype, np.float32)
 
         def multiply(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             columns = x.reshape(x.shape[0], -1) if x.ndim == 2 else x
-            product = to_numpy(self._apply(send(columns, like, self.dtype), 0))
+            product = to_numpy(self._ask(self._apply, self._sent(columns)))
             return product.astype(dtype, copy=False)
 
         return scipy.sparse.linalg.LinearOperator(

@@ -58,7 +58,10 @@ class BlockDiagonal(SymmetricOperator):
         float
             The logarithm of the determinant.
         """
-        return self._summed(sum(stretch.logdet() for stretch in self._stretches))
+        return super().logdet()
+
+    def _logdet(self) -> float:
+        return self._summed(sum(stretch._ask(stretch._logdet) for stretch in self._stretches))
 
     def power(self, p: float) -> BlockDiagonal:
         """Return a real power, block by block.
@@ -73,8 +76,11 @@ class BlockDiagonal(SymmetricOperator):
         BlockDiagonal
             With the same queries.
         """
-        p = check.finite_number(p, "p")
-        return BlockDiagonal([stretch.power(p) for stretch in self._stretches], self._reduce)
+        return super().power(p)  # type: ignore[return-value]
+
+    def _power(self, p: float) -> BlockDiagonal:
+        powers = [stretch._ask(stretch._power, p) for stretch in self._stretches]
+        return BlockDiagonal(powers, self._reduce)
 
     def _like(self) -> Array:
         return self._stretches[0]._like()
@@ -86,14 +92,17 @@ class BlockDiagonal(SymmetricOperator):
             for stretch, start, stop in zip(self._stretches, starts, self._stops, strict=True)
         ]
 
-    def _apply(self, x: Any, refine: int) -> Array:
-        if len(self._stretches) == 1:
-            return self._stretches[0]._apply(x, refine)
-        products = [stretch._apply(piece, refine) for stretch, piece in self._pieces(x)]
+    def _apply(self, x: Any) -> Array:
+        pieces = self._pieces(x)
+        products = [stretch._ask(stretch._apply, piece) for stretch, piece in pieces]
+        if len(products) == 1:
+            return products[0]
         return array_namespace(x).concat(products, axis=0)
 
     def _diagonal(self) -> Array:
-        return np.concatenate([to_numpy(stretch._diagonal()) for stretch in self._stretches])
+        return np.concatenate(
+            [to_numpy(stretch._ask(stretch._diagonal)) for stretch in self._stretches]
+        )
 
     def _entries(self, rows: Indices, cols: Indices) -> Array:
         values = np.zeros(len(rows))
@@ -102,7 +111,8 @@ class BlockDiagonal(SymmetricOperator):
         for k in np.unique(owner[same]):
             here = np.flatnonzero(same & (owner == k))
             start = int(self._stops[k]) - self._stretches[k].shape[0]
-            inner = self._stretches[k]._entries(rows[here] - start, cols[here] - start)
+            stretch = self._stretches[k]
+            inner = stretch._ask(stretch._entries, rows[here] - start, cols[here] - start)
             values[here] = to_numpy(inner)
         return values
 
@@ -112,16 +122,19 @@ class BlockDiagonal(SymmetricOperator):
         for k in np.unique(owner):
             here = np.flatnonzero(owner == k)
             start = int(self._stops[k]) - self._stretches[k].shape[0]
-            inner = self._stretches[k]._submatrix(indices[here] - start)
+            stretch = self._stretches[k]
+            inner = stretch._ask(stretch._submatrix, indices[here] - start)
             dense[np.ix_(here, here)] = to_numpy(inner)
         return dense
 
     def _quadratic(self, x: Any) -> Array:
-        total = sum(to_numpy(stretch._quadratic(piece)) for stretch, piece in self._pieces(x))
+        total = sum(
+            to_numpy(stretch._ask(stretch._quadratic, piece)) for stretch, piece in self._pieces(x)
+        )
         return np.asarray(total) if self._reduce is None else self._reduce(np.array(total))
 
     def _sample(self, n: int, rng: np.random.Generator) -> Array:
-        draws = [stretch._sample(n, rng) for stretch in self._stretches]
+        draws = [stretch._ask(stretch._sample, n, rng) for stretch in self._stretches]
         return array_namespace(draws[0]).concat(draws, axis=0)
 
     def _summed(self, number: float) -> float:

@@ -1,20 +1,44 @@
-"""Operators by the dual, which see to it that enough digits are left of what they subtract."""
+"""Digits: where float32 products will not do, and where float64 has none left either.
+
+An inverse is what a subtraction leaves: λF⁻¹ = I − GᵀA⁻¹G with A = nλI + GGᵀ. Where that is little,
+the Gram GGᵀ and the passes over the rows must be the more accurate; where it is next to nothing in
+float64 too, a warning is due. Every threshold and every such decision stands here.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
 
+from mfac_core import _validate as check
 from mfac_core._arrays import Array, itemsize, promote, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._operators.guard import uninterrupted
-from mfac_core._operators.lowrank import LowRankOperator
-from mfac_core._rows.base import FLOAT32_ROUNDING, FLOAT32_UNDERFLOW, SMALLEST_FLOAT32_REST
+from mfac_core._rows.base import Rows, first_of
+from mfac_core._warn import warn
+
+FLOAT32_ROUNDING = 2.0**-21
+"""Error of a product of two rows in float32, summed as in ``_ops``, relative to their norms.
+
+Seen on nearly parallel rows, where the rounding errors of the sum are most of one sign; on random
+rows it is twenty times less.
+"""
+
+FLOAT32_UNDERFLOW = 2.0**-126
+"""Error of a product of two numbers whose square is too small for float32."""
+
+LARGEST_STATIC_ROUNDING = 2.0**-17
+"""Error of solutions that float32 products may cause where the Gram is formed once."""
+
+LARGEST_WINDOW_ROUNDING = 2.0**-14
+"""The same for a window, every step of which would pay for float64 passes."""
+
+SMALLEST_FLOAT32_REST = 2.0**-14
+"""What a subtraction may leave of 1 in float32 passes; where it is less, they run in float64."""
 
 LARGEST_DIAGONAL_ROUNDING = 1e-5
 """Rounding of the Gram relative to 1 − t, above which the diagonal asks for float64 products."""
@@ -25,125 +49,258 @@ SMALLEST_REST = 2.0**-44
 LARGEST_REFINED_ERROR = 2.0**-6
 """Estimated relative error of a refined product from which on a warning is due."""
 
+LARGEST_CANCELLATION = 128.0
+"""Terms of Gᵀc relative to their sum above which it is summed in float64."""
 
-class DualOperator(LowRankOperator):
-    """A low-rank operator by the dual A = nλI + GGᵀ.
+LARGEST_MEASURABLE_CANCELLATION = 2.0**20
+"""The same above which cᵀGGᵀc is too rounded to tell, and the sum itself is asked."""
 
-    Results are what a subtraction leaves. Where that is too little for products in float32, they
-    run in float64, and the Gram is formed anew; where it is too little for float64, it warns.
+
+class Difference(NamedTuple):
+    """A result, and what its subtractions did; each a number, or an array of them."""
+
+    value: Any
+    """The result."""
+
+    left: Any
+    """What the subtractions left."""
+
+    whole: Any
+    """What they began with."""
+
+    noise: Any
+    """What rounding in them is relative to, where that is more than ``whole``."""
+
+
+class Digits:
+    """What an inverse by rows and dual asks before it believes a number.
+
+    Parameters
+    ----------
+    rows : Rows
+        G. Their ``exact`` is set here: products in float64.
+    dual : Dual
+        A.
+    damping : float
+        λ.
+    largest_rounding : float
+        Error of solutions due to float32 products above which products run in float64.
+    checked : bool, default False
+        Whether the Gram is known to be accurate enough for the dual's condition.
+    patience : int, optional
+        Steps in float64 after which float32 is thought of again, for rows that change.
+
+    Attributes
+    ----------
+    damping : float
+        λ; the dual's shift goes with it.
+    checked : bool
+        As given, until the dual changes.
+    exact_steps : int
+        Steps in float64 since float32 was last thought of.
     """
 
-    _largest_rounding: float
-    """Error of solutions due to float32 products above which products run in float64."""
+    def __init__(
+        self,
+        rows: Rows,
+        dual: Dual,
+        damping: float,
+        largest_rounding: float,
+        *,
+        checked: bool = False,
+        patience: int | None = None,
+    ) -> None:
+        self.rows, self.dual, self.damping = rows, dual, damping
+        self._largest_rounding = largest_rounding
+        self._patience = patience
+        self.checked = checked
+        self.exact_steps = 0
 
-    _dual: Dual
-    _checked: bool
-    """Whether the Gram is known to be accurate enough for the dual's condition."""
+    # -- the Gram --------------------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Make the Gram as accurate as the dual's condition asks for."""
-        if self._checked:
-            return
-        if self._rows.rounding and not self._solution_error() <= self._largest_rounding:
-            self._recompute_gram()
-        self._checked = True
+        if not self.checked:
+            if self.rows.rounds and not self._solution_error() <= self._largest_rounding:
+                self.go_to_float64()
+            self.checked = True
+        # The ill-conditioned gradients may have left. Asking once in a window's length keeps the
+        # cost of a Gram computed anew in float64, should they return, below a pass a step.
+        if self._patience is not None and self.exact_steps >= self._patience:
+            self.exact_steps = 0
+            self.rows.exact = (
+                self.rows.always_exact or not self._solution_error() <= self._largest_rounding / 8
+            )
+
+    def stepped(self) -> None:
+        """Take note that a row was exchanged."""
+        self.checked = False
+        self.exact_steps += self.rows.exact
+
+    def go_to_float64(self) -> None:
+        """Form the Gram anew from float64 products, and stay with them."""
+        gram = self.rows.gram(exact=True)
+        with uninterrupted():
+            self.rows.exact = True
+            self.dual.set_gram(gram)
+
+    def products(self, x: Array) -> Array:
+        """Return G x for a finite x; float64 products from now on, where float32 overflows."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            products = self.rows.project(x)
+        if not bool(self.rows.home.xp.all(self.rows.home.xp.isfinite(products))):
+            self.rows.exact = True
+            products = self.rows.project(x)
+        return products
 
     def _solution_error(self) -> float:
         """Estimate the relative error of solutions when products of rows run in float32."""
         gram_error = (
-            FLOAT32_ROUNDING * self._dual.largest_square_norm()
-            + FLOAT32_UNDERFLOW * self._rows.total_columns
+            FLOAT32_ROUNDING * self.dual.largest_square_norm()
+            + FLOAT32_UNDERFLOW * self.rows.total_columns
         )
-        return gram_error * self._dual.inverse_norm()
+        return gram_error * self.dual.inverse_norm()
 
-    def _recompute_gram(self) -> None:
-        gram = self._rows.gram(exact=True)
-        with uninterrupted():
-            self._rows.exact = True
-            self._dual.set_gram(gram)
+    # -- products --------------------------------------------------------------------------
 
-    def _is_exact(self, x: Array) -> bool:
-        """Whether products with x run in float64."""
-        return self._rows.exact or itemsize(promote(x, self.dtype)) == 8
+    def product(self, what: str, x: Any, formula: Callable[[Any], Any]) -> Any:
+        """Return y = formula(x), x less Gᵀc over λ: after an exact Gram if it cancels, or warned.
 
-    def _cancels(self, x: Any, y: Any, smallest: float) -> bool:
-        """Whether x − Gᵀc = λy is shorter than ``smallest`` of x, for some column.
-
-        On a device that would mean to wait, and its products are in float64 anyway.
+        On a device to look at y would mean to wait, and its products are in float64 anyway.
         """
-        if not self._rows.home.is_host:
-            return False
-        # It is no shorter than λ/(λ + ‖G‖²/n) of x, and wrong by ε √cond(A) of x.
-        if self._dual.norm() / self._dual.shift < smallest ** (-2 / 3):
-            return False
-        smallest *= math.sqrt(max(self._dual.condition(), 1.0))
-        whole, rest = self._rows.square_norms(x), self._rows.square_norms(y)
-        left = (rest * self._damping**2 >= whole * smallest**2) & np.isfinite(rest)
-        return not bool(np.all(left))
-
-    def _with_digits(self, what: str, x: Any, product: Callable[[], Any]) -> Any:
-        """Return the product with x, after an exact Gram if it cancels, or with a warning."""
-        y = product()
-        first = x[0] if isinstance(x, list) else x
-        if not self._is_exact(first) and self._cancels(x, y, SMALLEST_FLOAT32_REST):
-            self._recompute_gram()
-            y = product()
-        if self._is_exact(first) and self._cancels(x, y, SMALLEST_REST):
-            self._warn(what)
+        y = formula(x)
+        # y is no shorter than λ/(λ + ‖G‖²/n) of x/λ, and wrong by ε √cond(A) of x.
+        home, ratio = self.rows.home, self.dual.norm() / self.dual.shift
+        if not home.is_host or ratio < SMALLEST_FLOAT32_REST ** (-2 / 3):
+            return y
+        exact = self.products_are_exact(x)
+        if not exact and self._cancels(x, y, SMALLEST_FLOAT32_REST):
+            self.go_to_float64()
+            exact, y = True, formula(x)
+        if exact and ratio >= SMALLEST_REST ** (-2 / 3) and self._cancels(x, y, SMALLEST_REST):
+            self.warn(what)
         return y
 
-    def _with_rest(
-        self, what: str, smallest: float, subtract: Callable[[], tuple[Any, ...]]
-    ) -> Array:
-        """Return a result, after an exact Gram if its subtractions ask for it, or with a warning.
+    def products_are_exact(self, x: Any) -> bool:
+        """Whether products with x run in float64."""
+        return self.rows.exact or itemsize(promote(first_of(x), self.rows.like.dtype)) == 8
 
-        ``subtract`` returns the result, what subtractions left in it, what they began with, and
-        what their rounding is relative to. Less than ``smallest`` left asks for an exact Gram.
-        """
-        result, rest, whole, noise = subtract()
-        if smallest and self._rows.anywhere(bool(np.any(rest < whole * smallest))):
-            self._recompute_gram()
-            result, rest, whole, noise = subtract()
-        if np.any(rest < np.maximum(whole, noise) * SMALLEST_REST):
-            self._warn(what)
-        return result
+    def _cancels(self, x: Any, y: Any, smallest: float) -> bool:
+        """Whether x − Gᵀc = λy is shorter than ``smallest`` of x, for some column."""
+        smallest *= math.sqrt(max(self.dual.condition(), 1.0))
+        whole, rest = self.rows.square_norms(x), self.rows.square_norms(y)
+        left = (rest * self.damping**2 >= whole * smallest**2) & np.isfinite(rest)
+        return not bool(np.all(left))
 
-    def _smallest_rest(self, *, alone: bool = False) -> float:
-        """Return the 1 − t of a diagonal element to which t's rounding is too much.
-
-        ``alone`` where each rank asks for elements of its own: a new Gram would take all of them.
-        """
-        if alone and self._rows.reduce is not None:
-            return 0.0
-        return self._rows.rounding / LARGEST_DIAGONAL_ROUNDING
-
-    def _noise(self, c: Array) -> Array:
-        """Return ‖A‖ ‖c‖²/λ, which the rounding of bᵀA⁻¹b/λ is relative to, for c = A⁻¹b.
-
-        A solution is exact for a matrix as far from A as rounding is from ‖A‖.
-        """
-        squares = to_numpy(self._rows.home.xp.sum(c * c, axis=0))
-        return squares * self._dual.norm() / self._damping
-
-    def _is_settled(self, before: Any, y: Any) -> bool:
-        """Whether a step of refinement from ``before`` to y left an error that is small beside y.
+    def refined(self, before: Any, y: Any) -> None:
+        """Warn where the step of refinement from ``before`` to y was too long to be the last.
 
         A step leaves of the error before it, which is the step's length, what solutions with the
         dual have as their relative error.
         """
-        if not self._rows.home.is_host:
-            return True
-        rounding = self._solution_error() if self._rows.rounding else 0.0
-        left = self._dual.condition() * 2.0**-52 + rounding
+        if not self.rows.home.is_host:
+            return
+        rounding = self._solution_error() if self.rows.rounds else 0.0
+        left = self.dual.condition() * 2.0**-52 + rounding
         pairs = zip(y, before, strict=True) if isinstance(y, list) else [(y, before)]
-        step = self._rows.square_norms([new - old for new, old in pairs])
-        limit = self._rows.square_norms(y) * LARGEST_REFINED_ERROR**2
-        return bool(np.all(step * left**2 <= limit))
+        step = self.rows.square_norms([new - old for new, old in pairs])
+        limit = self.rows.square_norms(y) * LARGEST_REFINED_ERROR**2
+        if not bool(np.all(step * left**2 <= limit)):
+            self.warn("F⁻¹x")
 
-    def _warn(self, what: str) -> None:
-        warnings.warn(
-            f"{what} has few right digits: damping {self._damping:g} is too small beside the "
+    def held(self, c: Array, dtype: Any) -> Array:
+        """Return Gᵀc = F⁻¹g for a gradient held, in float64 products where its terms cancel."""
+        if self.rows.always_exact:  # to look at it would mean to wait for the device
+            return self.rows.combine(c, None, 1.0, dtype=dtype, exact=True)
+        cancellation = self.dual.cancellation(c)
+        exact = cancellation > LARGEST_CANCELLATION
+        y = self.rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
+        if cancellation > LARGEST_MEASURABLE_CANCELLATION:
+            left = float(self.rows.square_norms(y)) ** 0.5
+            if not left >= self.dual.terms(c) * SMALLEST_REST:
+                self.warn("F⁻¹g")
+        return y
+
+    # -- numbers ---------------------------------------------------------------------------
+
+    def difference(self, what: str, smallest: float, formula: Callable[[], Difference]) -> Array:
+        """Return a difference, after an exact Gram if its subtractions ask for it, or warned.
+
+        Less than ``smallest`` left asks for an exact Gram.
+        """
+        result = formula()
+        if smallest and self.rows.anywhere(bool(np.any(result.left < result.whole * smallest))):
+            self.go_to_float64()
+            result = formula()
+        if np.any(result.left < np.maximum(result.whole, result.noise) * SMALLEST_REST):
+            self.warn(what)
+        return result.value
+
+    def smallest_quadratic(self, x: Any) -> float:
+        """Return what a quadratic form may leave of xᵀx/λ."""
+        return 0.0 if self.products_are_exact(x) else SMALLEST_FLOAT32_REST
+
+    def smallest_element(self, *, alone: bool = False) -> float:
+        """Return the 1 − t of a diagonal element to which t's rounding is too much.
+
+        ``alone`` where each rank asks for elements of its own: a new Gram would take all of them.
+        """
+        if not self.rows.rounds or (alone and self.rows.reduce is not None):
+            return 0.0
+        return FLOAT32_ROUNDING / LARGEST_DIAGONAL_ROUNDING
+
+    def noise(self, c: Array) -> Array:
+        """Return ‖A‖ ‖c‖²/λ, which the rounding of bᵀA⁻¹b/λ is relative to, for c = A⁻¹b.
+
+        A solution is exact for a matrix as far from A as rounding is from ‖A‖.
+        """
+        squares = to_numpy(self.rows.home.xp.sum(c * c, axis=0))
+        return squares * self.dual.norm() / self.damping
+
+    def look_at_pivots(self, what: str) -> None:
+        """Warn where elimination has left next to nothing of a diagonal element of A."""
+        if self.dual.smallest_pivot() < SMALLEST_REST * self.dual.largest_square_norm():
+            self.warn(what)
+
+    def warn(self, what: str) -> None:
+        """Say that a result has few right digits."""
+        warn(
+            f"{what} has few right digits: damping {self.damping:g} is too small beside the "
             "gradients' squared norms for float64; raise it",
             scipy.linalg.LinAlgWarning,
-            stacklevel=2,
         )
+
+
+def finite_gram(rows: Rows) -> Array:
+    """Return GGᵀ of finite gradients; float64 products from now on, where float32 overflows.
+
+    Raises
+    ------
+    ValueError
+        If a gradient holds a NaN or an infinity, or its square leaves float64.
+    """
+    xp = rows.home.xp
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = rows.gram()
+        if bool(xp.all(xp.isfinite(gram))):
+            return gram
+        nonfinite = rows.nonfinite()
+        if not nonfinite:
+            rows.exact = True
+            gram = rows.gram()
+            if bool(xp.all(xp.isfinite(gram))):
+                return gram
+    raise ValueError(check.nonfinite_message(nonfinite, rows.shape[0]))
+
+
+def power_cancels(rows: Rows, largest: float, p: float) -> bool:
+    """Whether λᵖx less Gᵀ(...)Gx can be too small beside its terms for products in float32.
+
+    ``largest`` is F's largest eigenvalue over λ.
+    """
+    return rows.rounds and p < 0.0 and not largest**p >= SMALLEST_FLOAT32_REST
+
+
+def elements_need_float64(dtype: Any, smallest: float) -> bool:
+    """Whether elements by a stored W lose too much where 1 − t is as small as this."""
+    return itemsize(dtype) == 4 and smallest < SMALLEST_FLOAT32_REST

@@ -9,7 +9,7 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array
-from mfac_core._operators.lowrank import LowRankOperator
+from mfac_core._operators.lowrank import FisherFunction
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import rows_of
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mfac_core._operators.static import InverseFisher
 
 
-class EmpiricalFisher(LowRankOperator):
+class EmpiricalFisher(FisherFunction):
     """The damped empirical Fisher matrix F = λI + GᵀG/m as an operator.
 
     Parameters
@@ -138,7 +138,10 @@ class EmpiricalFisher(LowRankOperator):
         -----
         d·m² multiplications for the Gram GGᵀ, and O(m³).
         """
-        return self.power(1.0).logdet()
+        return super().logdet()
+
+    def _logdet(self) -> float:
+        return self._power(1.0)._logdet()
 
     _exponent = 1.0
 

@@ -3,49 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def serialised(method: Method) -> Method:
-    """Let one thread at a time into the operator's methods that are decorated so.
-
-    Queries are among them, for they may compute and keep what the first of them needs.
-    """
-
-    @functools.wraps(method)
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._lock, lasting_tensors():
-            return method(self, *args, **kwargs)
-
-    return alone  # type: ignore[return-value]
-
-
-def lasting_tensors() -> AbstractContextManager[Any]:
-    """Leave PyTorch's inference mode: what is made in it cannot be written to after it."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.is_inference_mode_enabled():
-        return nullcontext()
-    return torch.inference_mode(False)  # type: ignore[no-any-return]
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 
 class Lock:
-    """A re-entrant lock; copies of the operator that holds it get a new one."""
+    """A re-entrant lock; copies of the operator that holds it get a new one.
+
+    Within it PyTorch is not in its inference mode: what is made in it cannot be written to after.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._modes: list[AbstractContextManager[Any] | None] = []
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        torch, mode = sys.modules.get("torch"), None
+        if torch is not None and torch.is_inference_mode_enabled():
+            mode = torch.inference_mode(False)
+            mode.__enter__()
+        self._modes.append(mode)
 
     def __exit__(self, *exception: object) -> None:
+        mode = self._modes.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)
         self._lock.release()
 
     def __reduce__(self) -> tuple[Any, ...]:

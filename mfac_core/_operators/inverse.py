@@ -6,18 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from mfac_core._arrays import Array, is_traced, promote, send, to_numpy, widen
-from mfac_core._jax import traced as _traced
+from mfac_core import _validate as check
+from mfac_core._arrays import Array, is_traced, send, to_numpy, widen
+from mfac_core._dual import Dual
+from mfac_core._jax import traced
 from mfac_core._operators.base import Indices
-from mfac_core._operators.digits import SMALLEST_REST, DualOperator
-from mfac_core._operators.guard import serialised
+from mfac_core._operators.digits import Difference, Digits
 from mfac_core._operators.lowrank import LowRankOperator
 from mfac_core._ops import dense
-from mfac_core._rows.base import SMALLEST_FLOAT32_REST
+from mfac_core._rows.base import first_of
 
 
-class DampedInverse(DualOperator):
+class DampedInverse(LowRankOperator):
     """F⁻¹ for F = λI + GᵀG/n, from the rows G and the dual A = nλI + GGᵀ."""
+
+    _dual: Dual
+    _digits: Digits
+    """Whether what is computed from rows and dual may be believed."""
 
     _exponent = -1.0
 
@@ -25,14 +30,6 @@ class DampedInverse(DualOperator):
     def damping(self) -> float:
         """λ."""
         return self._damping
-
-    @property
-    def _alpha(self) -> float:
-        return 1.0 / self._damping
-
-    def _middle(self, b: Array) -> Array:
-        self._settle()
-        return -self._dual.solve(b) / self._damping
 
     def matvec(self, x: Any, *, refine: int = 0) -> Any:
         """Return F⁻¹x = (x − Gᵀ A⁻¹ G x) / λ.
@@ -71,7 +68,7 @@ class DampedInverse(DualOperator):
         -----
         Two passes over G and O(m²); each step of refinement costs two more passes, in float64.
         """
-        return self._product(x, "x", (1,), refine)
+        return self._multiplied(self._checked(x, "x", (1,)), refine)
 
     def matmat(self, x: Any, *, refine: int = 0) -> Any:
         """Return F⁻¹X for a matrix of columns, at the speed of matrix products.
@@ -88,7 +85,7 @@ class DampedInverse(DualOperator):
         array, shape (d, k)
             In the promoted dtype of ``x`` and the gradients.
         """
-        return self._product(x, "x", (2,), refine)
+        return self._multiplied(self._checked(x, "x", (2,)), refine)
 
     def diagonal(self) -> Array:
         """Return diag F⁻¹ = (1 − Σₖ Wₖᵢ²) / λ with W = L⁻¹G, A = L Lᵀ.
@@ -110,7 +107,6 @@ class DampedInverse(DualOperator):
         """
         return super().diagonal()
 
-    @serialised
     def logdet(self) -> float:
         """Return log det F⁻¹ = −(d log λ + log det (A/(nλ))).
 
@@ -123,93 +119,28 @@ class DampedInverse(DualOperator):
         -----
         O(m), or O(m³) where the dual is not factored at the moment.
         """
-        self._settle()
-        if self._dual.smallest_pivot() < SMALLEST_REST * self._dual.largest_square_norm():
-            self._warn("log det F⁻¹")
-        return -(self._fisher_logdet_scale + self._dual.logdet())
+        return super().logdet()
 
-    @serialised
-    def _diagonal(self) -> Array:
-        self._settle()
+    def _settle(self) -> None:
+        self._digits.settle()
 
-        def diagonal() -> tuple[Any, ...]:
-            parts, smallest = [], 1.0
-            for home, block in self._rows.wide_blocks():
-                whitened = self._dual.whiten(block, home)
-                values, rest = dense.clamped_diagonal(
-                    home, whitened, block, self._damping, self._divisor
-                )
-                smallest = min(smallest, float(home.xp.min(rest)))
-                parts.append(to_numpy(values))
-            return np.concatenate(parts), smallest, 1.0, 0.0
+    # -- products --------------------------------------------------------------------------
 
-        return self._with_rest("The diagonal of F⁻¹", self._smallest_rest(), diagonal)
+    def _multiplied(self, x: Any, refine: int) -> Any:
+        if not refine:
+            return self._ask(self._apply, x)
+        return self._ask(self._refined, x, check.integer(refine, "refine", minimum=0))
 
-    @serialised
-    def _sample(self, n: int, rng: np.random.Generator) -> Array:
-        # F⁻¹ of a draw from N(0, F) has covariance F⁻¹ F F⁻¹.
-        return self._apply(self._fisher_sample(n, rng), 0)
+    def _apply(self, x: Any) -> Any:
+        if is_traced(first_of(x)):
+            return traced.apply(self._like(), x, self._damping, self._solve_traced)
+        return self._digits.product("F⁻¹x", x, self._formula)
 
-    @serialised
-    def _apply(self, x: Any, refine: int) -> Any:
-        self._settle()
-        if is_traced(x[0] if isinstance(x, list) else x):
-            return _traced.apply(self._like(), x, self._damping, self._solve_traced)
-        if refine:
-            return self._refined(x, refine)
-        return self._with_digits("F⁻¹x", x, lambda: LowRankOperator._apply(self, x, 0))
-
-    @serialised
-    def _column(self, j: int) -> Array:
-        unit = self._unit(j)
-        return self._with_digits("A column of F⁻¹", unit, lambda: LowRankOperator._column(self, j))
-
-    @serialised
-    def _quadratic(self, x: Any) -> Array:
-        self._settle()
-        exact = self._is_exact(x[0] if isinstance(x, list) else x)
-        smallest = 0.0 if exact else SMALLEST_FLOAT32_REST
-
-        def quadratic() -> tuple[Any, ...]:
-            b = self._rows.project(x)
-            c = self._dual.solve(b)
-            whole = self._rows.square_norms(x) / self._damping
-            second = to_numpy(self._rows.home.xp.sum(b * c, axis=0)) / self._damping
-            return whole - second, whole - second, whole, self._noise(c)
-
-        return self._with_rest("xᵀF⁻¹x", smallest, quadratic)
-
-    @serialised
-    def _entries(self, rows: Indices, cols: Indices) -> Array:
-        self._settle()
-        same = rows == cols
-
-        def entries() -> tuple[Any, ...]:
-            noise = [np.zeros(0)]
-
-            def middle(b: Array) -> Array:
-                c = self._dual.solve(b)
-                noise.append(self._noise(c))
-                return -c / self._damping
-
-            values = self._rows.bilinear(rows, cols, middle) + same / self._damping
-            return values, values[same], 1.0 / self._damping, np.concatenate(noise)[same]
-
-        return self._with_rest("An element of F⁻¹", self._smallest_rest(alone=True), entries)
-
-    @serialised
-    def _submatrix(self, indices: Indices) -> Array:
-        self._settle()
-        same = indices[:, None] == indices
-
-        def submatrix() -> tuple[Any, ...]:
-            columns = self._rows.take(indices)
-            c = self._dual.solve(columns)
-            product = to_numpy(columns.T @ c)
-            values = (same - (product + product.T) / 2) / self._damping
-            return values, np.diagonal(values), 1.0 / self._damping, self._noise(c)
-
-        return self._with_rest("A submatrix of F⁻¹", self._smallest_rest(alone=True), submatrix)
+    def _formula(self, x: Any) -> Any:
+        """F⁻¹x = (x − Gᵀc)/λ with c = A⁻¹Gx."""
+        c = self._dual.solve(self._rows.project(x))
+        c, alpha = -c / self._damping, 1.0 / self._damping
+        return self._rows.combine(c, x, alpha, dtype=self._product_dtype(x))
 
     def _refined(self, x: Any, steps: int) -> Any:
         """F⁻¹x with passes in float64, and residuals taken through G instead of through its Gram.
@@ -225,20 +156,93 @@ class DampedInverse(DualOperator):
             change = n * self._dual.solve(c - self._rows.project(y) / n)
             before, y = y, self._rows.combine_wide(change, y, 1.0)
             c = c - damping * change
-        if not self._is_settled(before, y):
-            self._warn("F⁻¹x")
+        self._digits.refined(before, y)
+        dtype = self._product_dtype(x)
         if isinstance(x, list):
-            return [
-                send(z, piece, promote(piece, self.dtype)) for z, piece in zip(y, x, strict=True)
-            ]
-        return send(y, self._like(), promote(x, self.dtype))
+            return [send(z, piece, dtype) for z, piece in zip(y, x, strict=True)]
+        return send(y, self._like(), dtype)
 
-    @serialised
+    def _column(self, j: int) -> Array:
+        self._columns_known()
+
+        def formula(unit: Array) -> Array:
+            c = self._dual.solve(self._rows.take(np.array([j]))[:, 0])
+            return self._rows.combine(
+                -c / self._damping, unit, 1.0 / self._damping, dtype=unit.dtype
+            )
+
+        return self._digits.product("A column of F⁻¹", self._unit(j), formula)
+
     def _spread(self, z: Array) -> Any:
         """Return Gᵀ A⁻¹ z, in the gradients' library and dtype."""
-        self._settle()
-        return self._rows.combine(self._dual.solve(z), None, 1.0, dtype=self.dtype)
+        return self._rows.combine(self._dual.solve(z), None, 1.0, dtype=self._rows.like.dtype)
+
+    def _sample(self, n: int, rng: np.random.Generator) -> Array:
+        # F⁻¹ of a draw from N(0, F) has covariance F⁻¹ F F⁻¹.
+        return self._apply(self._fisher_sample(n, rng))
 
     def _solve_traced(self, b: Any) -> Any:
-        home = self._rows.home
-        return self._dual.solve(home.receive(b)).astype(b.dtype)
+        return self._dual.solve(self._rows.home.receive(b)).astype(b.dtype)
+
+    # -- numbers ---------------------------------------------------------------------------
+
+    def _diagonal(self) -> Array:
+        def formula() -> Difference:
+            parts, smallest = [np.zeros(0)], 1.0
+            for home, block in self._rows.wide_blocks():
+                whitened = self._dual.whiten(block, home)
+                values, rest = dense.clamped_diagonal(
+                    home, whitened, block, self._damping, self._divisor
+                )
+                smallest = min(smallest, float(home.xp.min(rest)))
+                parts.append(to_numpy(values))
+            return Difference(np.concatenate(parts), left=smallest, whole=1.0, noise=0.0)
+
+        smallest = self._digits.smallest_element()
+        return self._digits.difference("The diagonal of F⁻¹", smallest, formula)
+
+    def _quadratic(self, x: Any) -> Array:
+        def formula() -> Difference:
+            b = self._rows.project(x)
+            c = self._dual.solve(b)
+            whole = self._rows.square_norms(x) / self._damping
+            value = whole - to_numpy(self._rows.home.xp.sum(b * c, axis=0)) / self._damping
+            return Difference(value, left=value, whole=whole, noise=self._digits.noise(c))
+
+        smallest = self._digits.smallest_quadratic(x)
+        return self._digits.difference("xᵀF⁻¹x", smallest, formula)
+
+    def _entries(self, rows: Indices, cols: Indices) -> Array:
+        same = rows == cols
+
+        def formula() -> Difference:
+            noise = [np.zeros(0)]
+
+            def middle(b: Array) -> Array:
+                c = self._dual.solve(b)
+                noise.append(self._digits.noise(c))
+                return -c / self._damping
+
+            value = self._rows.bilinear(rows, cols, middle) + same / self._damping
+            return Difference(value, value[same], 1.0 / self._damping, np.concatenate(noise)[same])
+
+        smallest = self._digits.smallest_element(alone=True)
+        return self._digits.difference("An element of F⁻¹", smallest, formula)
+
+    def _submatrix(self, indices: Indices) -> Array:
+        same = indices[:, None] == indices
+
+        def formula() -> Difference:
+            columns = self._rows.take(indices)
+            c = self._dual.solve(columns)
+            product = to_numpy(columns.T @ c)
+            value = (same - (product + product.T) / 2) / self._damping
+            whole, noise = 1.0 / self._damping, self._digits.noise(c)
+            return Difference(value, np.diagonal(value), whole, noise)
+
+        smallest = self._digits.smallest_element(alone=True)
+        return self._digits.difference("A submatrix of F⁻¹", smallest, formula)
+
+    def _logdet(self) -> float:
+        self._digits.look_at_pivots("log det F⁻¹")
+        return -self._fisher_logdet(self._dual.logdet())

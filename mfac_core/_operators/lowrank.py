@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from mfac_core import _validate as check
 from mfac_core._arrays import Array, promote, to_numpy
+from mfac_core._operators import digits
 from mfac_core._operators.base import Indices, SymmetricOperator
-from mfac_core._operators.guard import serialised
-from mfac_core._rows.base import Rows
+from mfac_core._rows.base import Rows, first_of
 
 
 class LowRankOperator(SymmetricOperator):
-    """α·I + Gᵀ M G with the gradients G (m, d) and a symmetric M (m, m).
+    """α·I + Gᵀ M G with the gradients G (m, d) and a symmetric M (m, m), a function of F.
 
-    Subclasses give α and the product with M. Every query is then columns of G, M on what is
-    m-sized, and α on the diagonal.
+    Every query is columns of G, something m-sized, and α on the diagonal.
     """
 
     _rows: Rows
     _damping: float
-
-    _lock: AbstractContextManager[Any] = nullcontext()
-    """What its queries hold; nothing where they change nothing."""
-
-    @property
-    @abstractmethod
-    def _alpha(self) -> float:
-        """The number on the diagonal."""
-
-    @abstractmethod
-    def _middle(self, b: Array) -> Array:
-        """M b for b of shape (m,) or (m, k), in the home."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,53 +44,27 @@ class LowRankOperator(SymmetricOperator):
         return self._rows.shape[0]
 
     @property
-    def _fisher_logdet_scale(self) -> float:
-        """The d log λ of log det F, over all ranks."""
-        return self._rows.total_columns * math.log(self._damping)
+    @abstractmethod
+    def _exponent(self) -> float:
+        """The p of F^p."""
+
+    @abstractmethod
+    def _frozen(self) -> tuple[Rows, Array]:
+        """Return the rows and GGᵀ, such that later changes of this operator do not reach them."""
 
     def _like(self) -> Array:
         return self._rows.like
 
-    def _checked_columns(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
+    def _checked(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
         return self._rows.columns_argument(x, name, ndim)
 
-    def _apply(self, x: Any, refine: int) -> Any:
-        first = x[0] if isinstance(x, list) else x
-        c = self._middle(self._rows.project(x))
-        return self._rows.combine(c, x, self._alpha, dtype=promote(first, self.dtype))
+    def _product_dtype(self, x: Any) -> Any:
+        """Return the dtype of the product with x."""
+        return promote(first_of(x), self._rows.like.dtype)
 
-    def _diagonal(self) -> Array:
-        parts = []
-        for home, block in self._rows.wide_blocks():
-            middle = home.receive(self._middle(self._rows.home.receive(block)))
-            parts.append(to_numpy(self._alpha + home.xp.sum(block * middle, axis=0)))
-        return np.concatenate(parts)
-
-    @serialised
-    def _entries(self, rows: Indices, cols: Indices) -> Array:
-        return self._rows.bilinear(rows, cols, self._middle) + self._alpha * (rows == cols)
-
-    @serialised
-    def _submatrix(self, indices: Indices) -> Array:
-        columns = self._rows.take(indices)
-        dense = to_numpy(columns.T @ self._middle(columns))
-        return (dense + dense.T) / 2 + self._alpha * (indices[:, None] == indices)
-
-    @serialised
-    def _column(self, j: int) -> Array:
-        if self._rows.reduce is not None:
-            msg = "column(j) is not known on all ranks; multiply a unit vector with matvec instead"
-            raise ValueError(msg)
-        c = self._middle(self._rows.take(np.array([j]))[:, 0])
-        return self._rows.combine(c, self._unit(j), self._alpha, dtype=self.dtype)
-
-    def _quadratic(self, x: Any) -> Array:
-        b = self._rows.project(x)
-        middle = to_numpy(self._rows.home.xp.sum(b * self._middle(b), axis=0))
-        return self._alpha * self._rows.square_norms(x) + middle
-
-    def _sample(self, n: int, rng: np.random.Generator) -> Array:
-        return self.power(0.5)._apply(self._normal(n, rng), 0)
+    def _fisher_logdet(self, log_ratios: Any) -> float:
+        """Return log det F = d log λ + Σ log (eigenvalue/λ), d over all ranks."""
+        return self._rows.total_columns * math.log(self._damping) + float(log_ratios)
 
     def _fisher_sample(self, n: int, rng: np.random.Generator) -> Array:
         """Draws from N(0, F): √λ z₁ + Gᵀz₂/√n with standard normal z₁ (d,) and z₂ (m,)."""
@@ -115,10 +74,15 @@ class LowRankOperator(SymmetricOperator):
             self._rows.home.receive(z) / math.sqrt(self._divisor),
             self._normal(n, rng),
             math.sqrt(self._damping),
-            dtype=self.dtype,
+            dtype=self._rows.like.dtype,
         )
 
-    @serialised
+    def _columns_known(self) -> None:
+        """Refuse to give a column where each rank knows a part of it."""
+        if self._rows.reduce is not None:
+            msg = "column(j) is not known on all ranks; multiply a unit vector with matvec instead"
+            raise ValueError(msg)
+
     def power(self, p: float) -> SymmetricOperator:
         """Return a real power of this operator, as an operator.
 
@@ -143,17 +107,112 @@ class LowRankOperator(SymmetricOperator):
         problem of size m, O(m³), and products as of the operator itself; in float64 where float32
         would lose digits of a negative power of F.
         """
-        from mfac_core._operators.power import FisherPower
+        return super().power(p)
 
-        exponent = check.finite_number(p, "p") * self._exponent
+    def _power(self, p: float) -> FisherPower:
         rows, gram = self._frozen()
-        return FisherPower(rows, gram, self._damping, self._divisor, exponent)
+        return FisherPower(rows, gram, self._damping, self._divisor, p * self._exponent)
+
+
+class FisherFunction(LowRankOperator):
+    """α·I + Gᵀ M G with M known in closed form: F itself, and its powers."""
 
     @property
     @abstractmethod
-    def _exponent(self) -> float:
-        """The p of F^p."""
+    def _alpha(self) -> float:
+        """The number on the diagonal."""
 
     @abstractmethod
+    def _middle(self, b: Array) -> Array:
+        """M b for b of shape (m,) or (m, k), in the home."""
+
+    def _apply(self, x: Any) -> Any:
+        c = self._middle(self._rows.project(x))
+        return self._rows.combine(c, x, self._alpha, dtype=self._product_dtype(x))
+
+    def _diagonal(self) -> Array:
+        parts = []
+        for home, block in self._rows.wide_blocks():
+            middle = home.receive(self._middle(self._rows.home.receive(block)))
+            parts.append(to_numpy(self._alpha + home.xp.sum(block * middle, axis=0)))
+        return np.concatenate(parts)
+
+    def _entries(self, rows: Indices, cols: Indices) -> Array:
+        return self._rows.bilinear(rows, cols, self._middle) + self._alpha * (rows == cols)
+
+    def _submatrix(self, indices: Indices) -> Array:
+        columns = self._rows.take(indices)
+        dense = to_numpy(columns.T @ self._middle(columns))
+        return (dense + dense.T) / 2 + self._alpha * (indices[:, None] == indices)
+
+    def _column(self, j: int) -> Array:
+        self._columns_known()
+        c = self._middle(self._rows.take(np.array([j]))[:, 0])
+        return self._rows.combine(c, self._unit(j), self._alpha, dtype=self._rows.like.dtype)
+
+    def _quadratic(self, x: Any) -> Array:
+        b = self._rows.project(x)
+        middle = to_numpy(self._rows.home.xp.sum(b * self._middle(b), axis=0))
+        return self._alpha * self._rows.square_norms(x) + middle
+
+    def _sample(self, n: int, rng: np.random.Generator) -> Array:
+        return self._power(0.5)._apply(self._normal(n, rng))
+
+
+class FisherPower(FisherFunction):
+    """F^p for F = λI + GᵀG/n, from the eigenvalues of GGᵀ."""
+
+    def __init__(
+        self, rows: Rows, gram: Array, damping: float, divisor: int, exponent: float
+    ) -> None:
+        xp = rows.home.xp
+        self._damping = damping
+        self._n = divisor
+        self._p = exponent
+        s, self._vectors = xp.linalg.eigh(gram)
+        largest = float(s[-1]) if s.shape[0] else 0.0
+        if digits.power_cancels(rows, 1.0 + largest / (divisor * damping), exponent):
+            rows = rows.in_float64()
+            s, self._vectors = xp.linalg.eigh(rows.gram())
+        self._rows = rows
+        s = xp.clip(s, 0.0, None)
+        self._logs = xp.log1p(s / (divisor * damping))  # log of F's eigenvalues over λ
+        # ((λ + s/n)ᵖ − λᵖ)/s without cancellation for small s, where it is p λᵖ⁻¹/n.
+        tiny = s <= divisor * damping * 2.0**-52
+        safe = xp.where(tiny, xp.ones_like(s), s)
+        slopes = xp.expm1(exponent * self._logs) / safe
+        limit = exponent / (divisor * damping)
+        self._weights = self._alpha * xp.where(tiny, xp.full_like(s, limit), slopes)
+
+    @property
+    def _alpha(self) -> float:
+        return float(self._damping**self._p)
+
+    @property
+    def _divisor(self) -> int:
+        return self._n
+
+    @property
+    def _exponent(self) -> float:
+        return self._p
+
     def _frozen(self) -> tuple[Rows, Array]:
-        """Return the rows and GGᵀ, such that later changes of this operator do not reach them."""
+        s = self._n * self._damping * self._rows.home.xp.expm1(self._logs)
+        return self._rows, (self._vectors * s) @ self._vectors.T
+
+    def _middle(self, b: Array) -> Array:
+        weights = self._weights if b.ndim == 1 else self._weights[:, None]
+        return self._vectors @ (weights * (self._vectors.T @ b))
+
+    def logdet(self) -> float:
+        """Return log det F^p = p log det F.
+
+        Returns
+        -------
+        float
+            The logarithm of the determinant.
+        """
+        return super().logdet()
+
+    def _logdet(self) -> float:
+        return self._p * self._fisher_logdet(self._rows.home.xp.sum(self._logs))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from mfac_core import _validate as check
@@ -11,6 +9,7 @@ from mfac_core._arrays import Array
 from mfac_core._dual import Dual
 from mfac_core._ops import rows as ops
 from mfac_core._rows.ring import Ring
+from mfac_core._warn import warn
 
 LATE_DOUBT = (
     "the result of the append_matvec before, with check_finite=False, may be wrong: rounding had "
@@ -19,7 +18,7 @@ LATE_DOUBT = (
 )
 
 
-class Unseen:
+class Pending:
     """The squared norm of a new gradient and the dual's doubt, on their way to the host.
 
     Parameters
@@ -44,10 +43,10 @@ class Unseen:
     def accept(self, ring: Ring, dual: Dual) -> bool:
         """Wait for it, refuse the gradient or give up the dual's inverse; say whether it went."""
         norm2, doubt = self._look()
-        given_up = dual.doubtful(doubt)
+        given_up = dual.discard_if_doubtful(doubt)
         if not np.isfinite(norm2):
             ring.slots = self._before
         check.finite_norm(norm2, ring.dtype, late=self._given_out)
         if given_up and self._given_out:
-            warnings.warn(LATE_DOUBT, RuntimeWarning, stacklevel=5)
+            warn(LATE_DOUBT, RuntimeWarning)
         return given_up

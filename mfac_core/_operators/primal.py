@@ -57,6 +57,9 @@ class PrimalBlocks(SymmetricOperator):
         float
             The logarithm of the determinant.
         """
+        return super().logdet()
+
+    def _logdet(self) -> float:
         xp = self._home.xp
         return sum(float(xp.sum(xp.linalg.slogdet(b)[1])) for b in _batches(self._matrices))
 
@@ -73,6 +76,9 @@ class PrimalBlocks(SymmetricOperator):
         PrimalBlocks
             The power.
         """
+        return super().power(p)  # type: ignore[return-value]
+
+    def _power(self, p: float) -> PrimalBlocks:
         parts = []
         for batch in _batches(self._matrices):
             values, vectors = self._home.xp.linalg.eigh(batch)
@@ -88,7 +94,7 @@ class PrimalBlocks(SymmetricOperator):
         columns = self._home.xp.reshape(x, (blocks, size, -1))
         return self._home.xp.reshape(self._matrices @ columns, tuple(x.shape))
 
-    def _apply(self, x: Any, refine: int) -> Array:
+    def _apply(self, x: Any) -> Array:
         dtype = promote(x, self.dtype)
         blocks, size, _ = self._matrices.shape
         if x.ndim == 1 and cuda_blocks.serves_product(self._matrices, x):
@@ -114,7 +120,7 @@ class PrimalBlocks(SymmetricOperator):
         return to_numpy(self._home.xp.sum(wide * self._multiply(wide), axis=0))
 
     def _sample(self, n: int, rng: np.random.Generator) -> Array:
-        return self.power(0.5)._apply(self._normal(n, rng), 0)
+        return self._power(0.5)._apply(self._normal(n, rng))
 
 
 def fisher_blocks(

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, device, is_traced
 from mfac_core._dual import Dual
-from mfac_core._operators import state as _state
-from mfac_core._operators.digits import SMALLEST_REST
-from mfac_core._operators.guard import Lock, serialised, uninterrupted
+from mfac_core._operators import state as window_state
+from mfac_core._operators.base import Answer
+from mfac_core._operators.digits import LARGEST_WINDOW_ROUNDING, Digits
+from mfac_core._operators.guard import Lock, uninterrupted
 from mfac_core._operators.inverse import DampedInverse
-from mfac_core._operators.pending import Unseen
+from mfac_core._operators.pending import Pending
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.ring import ArrayRing, Ring
 
-LARGEST_CANCELLATION = 128.0
-"""Terms of Gᵀc relative to their sum above which it is summed in float64."""
-
-LARGEST_MEASURABLE_CANCELLATION = 2.0**20
-"""The same above which cᵀGGᵀc is too rounded to tell, and the sum itself is asked."""
-
 NORMALIZATIONS = ("count", "window")
+
+
+class Incoming(NamedTuple):
+    """A gradient that may enter the window."""
+
+    row: Any
+    """What the ring stores of it."""
+
+    norm2: float | None
+    """‖g‖²; None where a device is to find it as it exchanges rows."""
+
+
+class Step(NamedTuple):
+    """A row that has been exchanged, which only a device may know to be finite."""
+
+    norm2: Array | None
+    """‖g‖², (1,), where the device has found it. Where it is not finite nothing was exchanged."""
+
+    before: list[int]
+    """The slots held before."""
 
 
 class SlidingInverseFisher(DampedInverse):
@@ -93,9 +109,8 @@ class SlidingInverseFisher(DampedInverse):
     """
 
     _rows: Ring
-    _largest_rounding = 2.0**-14  # every step would pay for float64 passes
 
-    _unseen: Unseen | None
+    _pending: Pending | None
     """What a device has found of the last step, until it is acted on."""
 
     def __init__(
@@ -158,35 +173,33 @@ class SlidingInverseFisher(DampedInverse):
 
     @damping.setter
     def damping(self, value: float) -> None:
-        value = check.damping(value)
-        with self._lock:
-            self._accept()
-            with uninterrupted():
-                self._damping = value
-                self._reshift()
+        self._do(self._set_damping, check.damping(value))
+
+    def _set_damping(self, value: float) -> None:
+        with uninterrupted():
+            self._damping = value
+            self._rescale()
 
     @property
-    @serialised
     def gram(self) -> Array:
         """G Gᵀ of the gradients held, oldest first, shape (len, len), float64: a copy."""
-        self._accept()
+        return self._do(self._gram)
+
+    @property
+    def dual(self) -> Array:
+        """A = nλI + GGᵀ of the gradients held, oldest first, float64: a copy."""
+        return self._do(lambda: self._gram() + self._shift * self._rows.home.eye(len(self)))
+
+    def _gram(self) -> Array:
         xp, home = self._rows.home.xp, self._rows.home
         slots = xp.asarray(np.asarray(self._rows.slots, dtype=np.int64), device=home.device)
         return xp.take(xp.take(self._dual.gram, slots, axis=0), slots, axis=1)
 
     @property
-    def dual(self) -> Array:
-        """A = nλI + GGᵀ of the gradients held, oldest first, float64: a copy."""
-        return self.gram + self._shift * self._rows.home.eye(len(self))
-
-    @property
-    @serialised
     def gradients(self) -> Array:
         """The gradients held, oldest first, shape (len, d): a copy."""
-        self._accept()
-        return self._rows.held()
+        return self._do(lambda: self._rows.held())
 
-    @serialised
     def append(self, g: Array) -> None:
         """Add a gradient; a full window drops its oldest.
 
@@ -207,21 +220,8 @@ class SlidingInverseFisher(DampedInverse):
         -----
         One pass over the window and O(m²).
         """
-        self._send(*self._append(g))
-        self._accept()
+        self._do(self._append, g)
 
-    def _append(self, g: Array) -> tuple[Array | None, list[int]]:
-        """Add a gradient; see :meth:`_exchange`."""
-        self._accept()
-        full = len(self) == self.window_size
-        g, norm2 = self._gradient_argument(g, unseen=full)
-        if full:
-            oldest, *others = self._rows.slots
-            return self._exchange(oldest, g, norm2, [*others, oldest])
-        slot = self._rows.free_slot()
-        return self._exchange(slot, g, norm2, [*self._rows.slots, slot])
-
-    @serialised
     def replace(self, i: int, g: Array) -> None:
         """Exchange a gradient that is held; it keeps its age.
 
@@ -239,13 +239,8 @@ class SlidingInverseFisher(DampedInverse):
         TypeError, ValueError
             See :meth:`append`.
         """
-        self._accept()
-        i = check.index(i, "i", len(self))
-        g, norm2 = self._gradient_argument(g, unseen=True)
-        self._send(*self._exchange(self._rows.slots[i], g, norm2, self._rows.slots))
-        self._accept()
+        self._do(self._replace, i, g)
 
-    @serialised
     def remove(self, i: int) -> None:
         """Remove a gradient that is held.
 
@@ -259,13 +254,8 @@ class SlidingInverseFisher(DampedInverse):
         IndexError
             If no such gradient is held.
         """
-        self._accept()
-        i = check.index(i, "i", len(self))
-        slot = self._rows.slots[i]
-        slots = [other for other in self._rows.slots if other != slot]
-        self._exchange(slot, self._rows.blank(slot), 0.0, slots)
+        self._do(self._remove, i)
 
-    @serialised
     def append_matvec(self, g: Array, *, check_finite: bool = True) -> Array:
         """Add a gradient and return F⁻¹g = n Gᵀ A⁻¹ eⱼ, j its row, with it in the window.
 
@@ -317,70 +307,12 @@ class SlidingInverseFisher(DampedInverse):
         Elsewhere, and while the window fills, the keyword changes nothing: the squared norm of
         ``g`` is needed on the host, and to look at it costs nothing.
         """
-        dtype = getattr(g, "dtype", None)
-        norm2, before = self._append(g)
-        self._settle()
-        slot = self._rows.slots[-1]
-        c = self._dual.column(slot) * self._divisor
-        if norm2 is not None:
-            c = c + 0.0 * norm2  # NaN where the norm is not finite: what stayed is another gradient
-        self._send(norm2, before, given_out=not check_finite)
-        y = self._combine_held(c, dtype)
-        if check_finite and self._accept():
-            y = self._combine_held(self._dual.column(slot) * self._divisor, dtype)
-        return y
+        return self._do(self._append_matvec, g, check_finite)
 
-    def _combine_held(self, c: Array, dtype: Any) -> Array:
-        """Gᵀc, in float64 products where its terms cancel."""
-        if self._rows.always_exact:  # to look at it would mean to wait for the device
-            return self._rows.combine(c, None, 1.0, dtype=dtype, exact=True)
-        cancellation = self._dual.cancellation(c)
-        exact = cancellation > LARGEST_CANCELLATION
-        y = self._rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
-        if cancellation > LARGEST_MEASURABLE_CANCELLATION:
-            left = float(self._rows.square_norms(y)) ** 0.5
-            if not left >= self._dual.terms(c) * SMALLEST_REST:
-                self._warn("F⁻¹g")
-        return y
-
-    @serialised
     def clear(self) -> None:
         """Remove all gradients; library, dtype and device stay."""
-        self._hold(self._rows.emptied())
-
-    # -- products --------------------------------------------------------------------------
-
-    @serialised
-    def _apply(self, x: Array, refine: int) -> Array:
-        if not len(self):
-            return x / self._damping
-        return super()._apply(x, refine)
-
-    @serialised
-    def _diagonal(self) -> Array:
-        if not len(self):
-            return np.full(self.num_params, 1.0 / self._damping)
-        return super()._diagonal()
-
-    @serialised
-    def _quadratic(self, x: Any) -> Array:
-        if not len(self):
-            return self._rows.square_norms(x) / self._damping
-        return super()._quadratic(x)
-
-    def _checked_columns(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
-        if not self._allocated and self._given is None:  # the identity/λ of any library
-            return check.vector_argument(x, name, self.num_params, ndim=ndim)
-        return super()._checked_columns(x, name, ndim)
-
-    @serialised
-    def _frozen(self) -> tuple[Rows, Array]:
-        self._settle()
-        return self._rows.copy(), self._dual.gram
-
-    @property
-    def _divisor(self) -> int:
-        return self.window_size if self.normalization == "window" else max(len(self), 1)
+        with self._lock:
+            self._hold(self._rows.emptied())
 
     # -- state -----------------------------------------------------------------------------
 
@@ -389,7 +321,6 @@ class SlidingInverseFisher(DampedInverse):
         """The arguments in which windows that exchange states must agree."""
         return {"num_params": self.num_params, "window_size": self.window_size}
 
-    @serialised
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain arrays, numbers and strings.
 
@@ -403,10 +334,8 @@ class SlidingInverseFisher(DampedInverse):
         --------
         load_state_dict : Takes it up; later results are then the same bit for bit.
         """
-        self._accept()
-        return _state.save(self)
+        return self._do(window_state.save, self)
 
-    @serialised
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state, from a window of the same ``num_params`` and ``window_size``.
 
@@ -422,16 +351,82 @@ class SlidingInverseFisher(DampedInverse):
             If it is not a state of this version and these sizes, complete and consistent. The
             window is then as it was.
         """
-        loaded = _state.load(self, state)
-        self.__dict__.update(loaded.__dict__)
+        with self._lock:
+            self._adopt(window_state.load(self, state))
 
-    # -- changes ---------------------------------------------------------------------------
+    def _adopt(self, loaded: Self) -> None:
+        """Become another window of the same sizes, but for the lock that is held meanwhile."""
+        with uninterrupted():
+            self.__dict__.update({**loaded.__dict__, "_lock": self._lock})
 
-    def _gradient_argument(self, g: Any, *, unseen: bool) -> tuple[Any, float | None]:
-        """Check a gradient and return it as a row of the ring, with its squared norm.
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # a shallow copy would write into this window's memory
 
-        With ``unseen``, where a device computes the norm as it exchanges rows, None stands for it.
-        """
+    # -- behind the door -------------------------------------------------------------------
+
+    def _do(self, act: Callable[..., Answer], *arguments: Any) -> Answer:
+        """Change or show the window: one thread at a time, after what is pending of a step."""
+        with self._lock:
+            self._accept()
+            return act(*arguments)
+
+    def _settle(self) -> None:
+        self._accept()
+        super()._settle()
+
+    def _accept(self) -> bool:
+        """Act on what a device found of the last step; whether the dual's inverse is given up."""
+        if self._pending is None:
+            return False
+        pending, self._pending = self._pending, None
+        return pending.accept(self._rows, self._dual)
+
+    def _append(self, g: Array) -> None:
+        self._send(self._step(g))
+        self._accept()
+
+    def _append_matvec(self, g: Array, check_finite: bool) -> Array:
+        dtype = getattr(g, "dtype", None)
+        step = self._step(g)
+        self._settle()
+        slot = self._rows.slots[-1]
+        c = self._dual.column(slot) * self._divisor
+        if step.norm2 is not None:
+            c = c + 0.0 * step.norm2  # NaN where it is not finite: what stayed is another gradient
+        self._send(step, given_out=not check_finite)
+        y = self._digits.held(c, dtype)
+        if check_finite and self._accept():
+            y = self._digits.held(self._dual.column(slot) * self._divisor, dtype)
+        return y
+
+    def _replace(self, i: int, g: Array) -> None:
+        i = check.index(i, "i", len(self))
+        incoming = self._incoming(g, unseen=True)
+        self._send(self._exchange(self._rows.slots[i], incoming, self._rows.slots))
+        self._accept()
+
+    def _remove(self, i: int) -> None:
+        i = check.index(i, "i", len(self))
+        slot = self._rows.slots[i]
+        slots = [other for other in self._rows.slots if other != slot]
+        self._exchange(slot, Incoming(self._rows.blank(slot), 0.0), slots)
+
+    # -- a step ----------------------------------------------------------------------------
+
+    def _step(self, g: Array) -> Step:
+        """Let a gradient in, and the oldest out of a full window."""
+        full = len(self) == self.window_size
+        incoming = self._incoming(g, unseen=full)
+        if full:
+            oldest, *others = self._rows.slots
+            return self._exchange(oldest, incoming, [*others, oldest])
+        if not self._allocated:
+            self._allocate(self._values(incoming.row))
+        slot = self._rows.free_slot()
+        return self._exchange(slot, incoming, [*self._rows.slots, slot])
+
+    def _incoming(self, g: Array, *, unseen: bool) -> Incoming:
+        """Check a gradient; with ``unseen``, where a device will, leave its norm to that."""
         g = check.vector_argument(g, "g", self.num_params)
         if is_traced(g):
             msg = "g must hold values, got a JAX tracer; keep the window out of jit, vmap and grad"
@@ -440,28 +435,80 @@ class SlidingInverseFisher(DampedInverse):
             check.beside(g, "g", self._rows.like)
         return self._row_of(g, self.dtype if self.dtype is not None else g.dtype, unseen)
 
-    def _row_of(self, g: Array, dtype: Any, unseen: bool) -> tuple[Any, float | None]:
-        """Return what the ring stores of a gradient as ``dtype``, and its squared norm."""
+    def _row_of(self, g: Array, dtype: Any, unseen: bool) -> Incoming:
+        """Return what the ring stores of a gradient as ``dtype``."""
         if g.dtype != dtype:
             with np.errstate(over="ignore"):  # an overflow is refused below, by name
                 g = array_namespace(g).astype(g, dtype)
         if unseen and self._rows.exchanges(g):
-            return g, None
+            return Incoming(g, None)
         norm2 = float(self._rows.square_norms(g))
         check.finite_norm(norm2, dtype)
-        if not self._allocated:
-            self._allocate(g)
-        return g, norm2
+        return Incoming(g, norm2)
 
-    def _send(self, norm2: Array | None, before: list[int], *, given_out: bool = False) -> None:
+    def _values(self, row: Any) -> Array:
+        """Return an array of the library, dtype and device that the window's rows have."""
+        return row
+
+    def _exchange(self, slot: int, incoming: Incoming, slots: list[int]) -> Step:
+        """Write a row into a slot of the ring, and let ``slots`` be the rows held from now on."""
+        rows, (row, norm2) = self._rows, incoming
+        before, there = rows.slots, None
+        grows = slot == rows.used
+        on_device = rows.exchanges(row)
+        if not on_device:
+            products = self._digits.products(rows.vector(row))
+            products = rows.row_of_gram(slot, products, cast("float", norm2))
+        with uninterrupted():
+            if on_device:
+                products, found = rows.exchange_unseen(slot, row)
+                there = found if norm2 is None else None
+            else:
+                rows.write(slot, row)
+            if grows:
+                self._dual.grow()
+            rows.slots = slots
+            self._rescale()
+            self._dual.replace(slot, products)
+            self._digits.stepped()
+        return Step(there, before)
+
+    def _send(self, step: Step, *, given_out: bool = False) -> None:
         """Let what a device has found of a step set out for the host, for :meth:`_accept`."""
-        if norm2 is not None or self._dual.doubt is not None:
-            self._unseen = Unseen(norm2, before, self._dual, given_out)
+        if step.norm2 is not None or self._dual.doubt is not None:
+            self._pending = Pending(step.norm2, step.before, self._dual, given_out)
 
-    def _accept(self) -> bool:
-        """Act on what a device found of the last step; whether the dual's inverse is given up."""
-        unseen, self._unseen = self._unseen, None
-        return unseen is not None and unseen.accept(self._rows, self._dual)
+    # -- queries ---------------------------------------------------------------------------
+
+    def _checked(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
+        if not self._allocated and self._given is None:  # I/λ, of any library
+            return check.vector_argument(x, name, self.num_params, ndim=ndim)
+        return super()._checked(x, name, ndim)
+
+    def _apply(self, x: Array) -> Array:
+        return super()._apply(x) if len(self) else x / self._damping
+
+    def _refined(self, x: Array, steps: int) -> Array:
+        return super()._refined(x, steps) if len(self) else x / self._damping
+
+    def _quadratic(self, x: Array) -> Array:
+        if not len(self):
+            return self._rows.square_norms(x) / self._damping
+        return super()._quadratic(x)
+
+    def _diagonal(self) -> Array:
+        if not len(self):
+            return np.full(self.num_params, 1.0 / self._damping)
+        return super()._diagonal()
+
+    def _frozen(self) -> tuple[Rows, Array]:
+        return self._rows.copy(), self._dual.gram
+
+    @property
+    def _divisor(self) -> int:
+        return self.window_size if self.normalization == "window" else max(len(self), 1)
+
+    # -- memory ----------------------------------------------------------------------------
 
     @property
     def _allocated(self) -> bool:
@@ -481,55 +528,26 @@ class SlidingInverseFisher(DampedInverse):
         """Start with a ring of no gradients."""
         with uninterrupted():
             self._rows = ring
-            self._dual = Dual(self._rows.home.zeros((0, 0)), self._shift, self._rows.home)
-            self._unseen = None
-            self._exact_steps = 0  # exchanges since the last look whether float32 would do
-            self._checked = True
-
-    def _settle(self) -> None:
-        self._accept()
-        super()._settle()
-        if self._rows.always_exact:
-            return
-        if self._rows.exact and self._exact_steps >= self.window_size:
-            # The ill-conditioned gradients may have left. Asking once in a window's length keeps
-            # the cost of a Gram computed anew in float64, should they return, below a pass a step.
-            self._exact_steps = 0
-            self._rows.exact = not self._solution_error() <= self._largest_rounding / 8
-
-    def _exchange(
-        self, slot: int, row: Any, norm2: float | None, slots: list[int]
-    ) -> tuple[Array | None, list[int]]:
-        """Write a row into a slot of the ring, and let ``slots`` be the rows held from now on.
-
-        Returns the squared norm where only a device knows it, and the rows held before.
-        """
-        before, there = self._rows.slots, None
-        grows = slot == self._rows.used
-        on_device = self._rows.exchanges(row)
-        if not on_device:
-            products = self._rows.products(slot, row, cast("float", norm2))
-        with uninterrupted():
-            if on_device:
-                products, norm2_there = self._rows.exchange_unseen(slot, row)
-                there = norm2_there if norm2 is None else None
-            else:
-                self._rows.write(slot, row)
-            if grows:
-                self._dual.grow()
-            self._rows.slots = slots
-            self._reshift()
-            self._dual.replace(slot, products)
-            self._exact_steps += self._rows.exact
-        return there, before
+            self._dual = Dual(ring.home.zeros((0, 0)), self._shift, ring.home)
+            self._digits = Digits(
+                ring,
+                self._dual,
+                self._damping,
+                LARGEST_WINDOW_ROUNDING,
+                checked=True,
+                patience=self.window_size,
+            )
+            self._pending = None
 
     @property
     def _shift(self) -> float:
         return self._divisor * self._damping
 
-    def _reshift(self) -> None:
+    def _rescale(self) -> None:
+        """Take up a change of λ or of n."""
         self._dual.set_shift(self._shift)
-        self._checked = False
+        self._digits.damping = self._damping
+        self._digits.checked = False
 
 
 def _on(device: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, is_traced
-from mfac_core._operators.sliding import SlidingInverseFisher
+from mfac_core._operators.sliding import Incoming, SlidingInverseFisher
 from mfac_core._ops import sparse
 from mfac_core._rows.base import Reduce
 from mfac_core._rows.ring import Ring
@@ -163,14 +163,14 @@ class SparseSlidingInverseFisher(SlidingInverseFisher):
         """
         return super().append_matvec(g)
 
-    def _apply(self, x: Any, refine: int) -> Any:
+    def _checked(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
         if is_traced(x):
             msg = (
                 "x must be an array of numbers, got a value traced by JAX; products with a sparse "
                 "window do not run inside jit, vmap or grad"
             )
             raise TypeError(msg)
-        return super()._apply(x, refine)
+        return super()._checked(x, name, ndim)
 
     @property
     def _sizes(self) -> dict[str, Any]:
@@ -179,7 +179,10 @@ class SparseSlidingInverseFisher(SlidingInverseFisher):
     def _ring(self, like: Array, capacity: int) -> Ring:
         return SparseRing.empty(like, capacity, self._format, self._reduce)
 
-    def _row_of(self, g: Array, dtype: Any, unseen: bool) -> tuple[Any, float | None]:
+    def _values(self, row: SparseRow) -> Array:
+        return row.values
+
+    def _row_of(self, g: Array, dtype: Any, unseen: bool) -> Incoming:
         xp = array_namespace(g)
         with np.errstate(over="ignore"):  # an overflow is refused below, by name
             total = xp.astype(g, wide_dtype(xp, dtype))
@@ -189,6 +192,4 @@ class SparseSlidingInverseFisher(SlidingInverseFisher):
         row = SparseRow(*sparse.compress(total, self._format.k, self._format.width, dtype))
         norm2 = float(self._rows.square_norms(row.kept))
         check.finite_norm(norm2, dtype)
-        if not self._allocated:
-            self._allocate(row.values)
-        return row, norm2
+        return Incoming(row, norm2)

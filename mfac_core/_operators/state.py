@@ -26,8 +26,8 @@ def save(window: SlidingInverseFisher) -> dict[str, Any]:
     if window._allocated:
         state |= window._rows.state()
         state["exact"] = window._rows.exact
-        state["exact_steps"] = window._exact_steps
-        state["checked"] = window._checked
+        state["exact_steps"] = window._digits.exact_steps
+        state["checked"] = window._digits.checked
         state |= window._dual.state()
     return state
 
@@ -85,7 +85,7 @@ def _fill(window: SlidingInverseFisher, state: Mapping[str, Any]) -> None:
     rows.restore(state)
     rows.exact = bool(state["exact"]) or rows.always_exact
     rows.slots = slots
-    window._exact_steps = int(state["exact_steps"])
-    window._reshift()
+    window._rescale()
     window._dual.restore(state)
-    window._checked = bool(state["checked"])
+    window._digits.exact_steps = int(state["exact_steps"])
+    window._digits.checked = bool(state["checked"])

@@ -8,13 +8,14 @@ from typing import Any, Self
 import numpy as np
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, is_traced, itemsize, promote, send
+from mfac_core._arrays import Array, array_namespace, is_traced, promote, send
 from mfac_core._dual import Dual
-from mfac_core._jax import traced as _traced
+from mfac_core._jax import traced
+from mfac_core._operators import digits
 from mfac_core._operators.base import Indices
 from mfac_core._operators.guard import Lock
 from mfac_core._operators.inverse import DampedInverse
-from mfac_core._rows.base import SMALLEST_FLOAT32_REST, Reduce, Rows
+from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import ArrayRows, rows_of
 
 
@@ -83,8 +84,6 @@ class InverseFisher(DampedInverse):
     >>> inverse.diagonal()
     array([1.66666667, 1.        , 0.66666667])
     """
-
-    _largest_rounding = 2.0**-17  # the Gram is computed once: float64 costs little
 
     def __init__(
         self,
@@ -165,10 +164,12 @@ class InverseFisher(DampedInverse):
         self._lock = Lock()
         self._rows = rows
         self._whitened: Rows | None = None
-        self._checked = gram is not None
-        if gram is None:
-            gram = self._finite_gram()
+        known = gram is not None  # and then taken as it is
+        gram = digits.finite_gram(rows) if gram is None else gram
         self._dual = Dual(gram, self._divisor * self._damping, rows.home)
+        self._digits = digits.Digits(
+            rows, self._dual, self._damping, digits.LARGEST_STATIC_ROUNDING, checked=known
+        )
         self._settle()
         self._dual.factor()
 
@@ -199,29 +200,14 @@ class InverseFisher(DampedInverse):
             return super()._entries(rows, cols)
         diagonal = self._stored_diagonal
         smallest = min(np.min(diagonal[i], initial=math.inf) for i in (rows, cols))
-        if itemsize(self._whitened.dtype) == 4 and smallest * self._damping < SMALLEST_FLOAT32_REST:
-            values = super()._entries(rows, cols)  # too little of 1 − t is left for float32
+        if digits.elements_need_float64(self._whitened.dtype, smallest * self._damping):
+            values = super()._entries(rows, cols)
         else:
             values = -self._whitened.bilinear(rows, cols, lambda w: w) / self._damping
         return np.where(rows == cols, diagonal[rows], values)
 
     def _frozen(self) -> tuple[Rows, Array]:
         return self._rows, self._dual.gram
-
-    def _finite_gram(self) -> Array:
-        xp = self._rows.home.xp
-        with np.errstate(over="ignore", invalid="ignore"):
-            gram = self._rows.gram()
-        if bool(xp.all(xp.isfinite(gram))):
-            return gram
-        rows = self._rows.nonfinite()
-        if not rows:
-            self._rows.exact = True  # finite rows whose products overflow float32
-            with np.errstate(over="ignore", invalid="ignore"):
-                gram = self._rows.gram()
-            if bool(xp.all(xp.isfinite(gram))):
-                return gram
-        raise ValueError(check.nonfinite_message(rows, self._divisor))
 
 
 def ihvp(gradients: Any, x: Any, *, damping: float) -> Any:
@@ -272,7 +258,7 @@ def ihvp(gradients: Any, x: Any, *, damping: float) -> Any:
         check.beside(x, "x", gradients)
         if not is_traced(damping):
             damping = check.damping(damping)
-        return _traced.ihvp(gradients, x, damping)
+        return traced.ihvp(gradients, x, damping)
     rows = rows_of(gradients)
     rows.columns_argument(x, "x", (1, 2))  # before the work
     return InverseFisher._of_rows(rows, check.damping(damping)) @ x

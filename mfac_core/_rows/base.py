@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -23,21 +24,8 @@ from mfac_core._arrays import (
 )
 from mfac_core._ops import rows as ops
 
-FLOAT32_ROUNDING = 2.0**-21
-"""Error of a product of two rows in float32, summed as in ``_ops``, relative to their norms.
-
-Seen on nearly parallel rows, where the rounding errors of the sum are most of one sign; on random
-rows it is twenty times less.
-"""
-
-SMALLEST_FLOAT32_REST = 2.0**-14
-"""What a subtraction may leave of 1 in float32 passes; where it is less, they run in float64."""
-
 FLOAT32_RANGE = 2.0**60
 """Size of m-sized numbers, and its inverse, outside of which their products may leave float32."""
-
-FLOAT32_UNDERFLOW = 2.0**-126
-"""Error of a product of two numbers whose square is too small for float32."""
 
 TAKE_BYTES = 1 << 25
 """Size of the float64 columns that are gathered at a time."""
@@ -84,6 +72,9 @@ class Rows(ABC):
                 raise ValueError(msg)
             self.total_columns = int(columns)
 
+    always_exact = False
+    """Whether products run in float64 whatever is asked."""
+
     @abstractmethod
     def parts(self) -> Iterator[tuple[slice, Array]]:
         """Yield the parts of G with the columns they cover: arrays of at least ``used`` rows."""
@@ -121,9 +112,15 @@ class Rows(ABC):
         return device(self.like)
 
     @property
-    def rounding(self) -> float:
-        """Relative rounding error of the products: 0 once they are exact in float64."""
-        return 0.0 if self.exact or itemsize(self.dtype) == 8 else FLOAT32_ROUNDING
+    def rounds(self) -> bool:
+        """Whether products run in float32."""
+        return not self.exact and itemsize(self.like.dtype) != 8
+
+    def in_float64(self) -> Rows:
+        """Return the same rows with products in float64."""
+        rows = copy.copy(self)
+        rows.exact = True
+        return rows
 
     def columns_argument(self, x: Any, name: str, ndim: tuple[int, ...]) -> Columns:
         """Check a vector (d,) or a matrix (d, k)."""
@@ -144,7 +141,7 @@ class Rows(ABC):
 
     def project(self, x: Columns) -> Array:
         """G x, float64 (m,) or (m, k); in float64 products when x is float64."""
-        first = x[0] if isinstance(x, list) else x
+        first = first_of(x)
         exact = self.exact or itemsize(first.dtype) == 8
         with np.errstate(over="ignore", invalid="ignore"):
             total = self._project(x, first, exact)
@@ -271,6 +268,11 @@ class Rows(ABC):
     def anywhere(self, condition: bool) -> bool:
         """Whether a condition holds on any rank: all of them then act on it."""
         return self.summed_numbers(float(condition))[0] > 0.0
+
+
+def first_of(x: Columns) -> Array:
+    """Return x, or the first of its pieces."""
+    return x[0] if isinstance(x, list) else x
 
 
 def _piece(x: Columns, i: int, columns: slice, part: Array) -> Array:

@@ -6,8 +6,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from mfac_core._arrays import Array, send
 from mfac_core._ops import rows as ops
 from mfac_core._rows.base import Reduce, Rows
@@ -31,11 +29,6 @@ class Ring(Rows):
     @abstractmethod
     def capacity(self) -> int:
         """How many rows there is room for."""
-
-    @property
-    @abstractmethod
-    def always_exact(self) -> bool:
-        """Whether products run in float64 whatever is asked."""
 
     @abstractmethod
     def vector(self, row: Any) -> Array:
@@ -78,14 +71,8 @@ class Ring(Rows):
         held = set(self.slots)
         return next(slot for slot in range(self.capacity) if slot not in held)
 
-    def products(self, i: int, row: Any, norm2: float) -> Array:
-        """Return the row that the Gram has once a finite row of square norm ``norm2`` is row i."""
-        x = self.vector(row)
-        with np.errstate(over="ignore", invalid="ignore"):
-            products = self.project(x)
-        if not bool(self.home.xp.all(self.home.xp.isfinite(products))):
-            self.exact = True  # finite rows whose products overflow float32
-            products = self.project(x)
+    def row_of_gram(self, i: int, products: Array, norm2: float) -> Array:
+        """Return the row that the Gram has once a row of these products and square is row i."""
         of_gram = self.home.zeros(max(self.used, i + 1))
         of_gram[: self.used] = products
         of_gram[i] = norm2
@@ -119,17 +106,12 @@ class ArrayRing(ArrayRows, Ring):
     def __init__(self, array: Array, reduce: Reduce | None = None) -> None:
         super().__init__(array, used=0, reduce=reduce)
         self.slots = []
-        self.exact = self.always_exact
+        self.exact = self.always_exact = ops.always_exact(array)
 
     @property
     def capacity(self) -> int:
         """See :class:`Ring`."""
         return int(self.array.shape[0])
-
-    @property
-    def always_exact(self) -> bool:
-        """See :class:`Ring`."""
-        return ops.always_exact(self.array)
 
     def vector(self, row: Array) -> Array:
         """See :class:`Ring`."""

@@ -90,7 +90,7 @@ class SparseRing(Ring):
         self.indices, self.values, self.error = indices, values, error
         self.format = format
         self.slots = []
-        self.exact = self.always_exact
+        self.exact = self.always_exact = sparse.always_exact(values)
 
     @classmethod
     def empty(cls, like: Array, capacity: int, format: Format, reduce: Reduce | None) -> SparseRing:
@@ -150,11 +150,6 @@ class SparseRing(Ring):
     def capacity(self) -> int:
         """See :class:`Ring`."""
         return int(self.values.shape[1])
-
-    @property
-    def always_exact(self) -> bool:
-        """See :class:`Ring`."""
-        return sparse.always_exact(self.values)
 
     def vector(self, row: SparseRow) -> Array:
         """See :class:`Ring`."""

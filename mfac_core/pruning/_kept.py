@@ -86,7 +86,7 @@ class FullStretch:
         self._rows.exact = self._inverse._rows.exact
         removed = self._indices[~kept[self._indices]]
         left = len(self._indices) - len(removed)
-        if self._rows.rounding or left != np.count_nonzero(kept) or len(removed) >= left:
+        if self._rows.rounds or left != np.count_nonzero(kept) or len(removed) >= left:
             return None
         gram = self._inverse._dual.gram - SelectedRows(self._rows, removed).gram()
         lost = self._square_norms(gram) < LEAST_LEFT * self._norms
@@ -112,8 +112,8 @@ class FullStretch:
         rises = np.zeros(count)
         if not len(self._indices):
             return rises
-        if self._inverse._rows.rounding:  # what follows subtracts from one
-            self._inverse._recompute_gram()
+        if self._inverse._rows.rounds:  # what follows subtracts from one
+            self._inverse._digits.go_to_float64()
         m = self._rows.shape[0]
         for groups, members in by_size(labels, m):
             if 2 * members.shape[1] > m:
@@ -155,7 +155,7 @@ class FullStretch:
         y = np.zeros(len(x))
         if len(self._indices):
             piece = send(x[self._indices], self._rows.like, self._rows.dtype)
-            y[self._indices] = to_numpy(self._inverse._apply(piece, 0))
+            y[self._indices] = to_numpy(self._inverse._apply(piece))
         return y
 
     def joint(self, weights: Vector) -> Vector:

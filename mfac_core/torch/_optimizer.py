@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from mfac_core._operators.sliding import SlidingInverseFisher
 from mfac_core._operators.sparse import SparseSlidingInverseFisher
 from mfac_core._rows.base import Reduce
 from mfac_core._validate import NonFiniteError
+from mfac_core._warn import warn
 
 Tensor = Any
 
@@ -252,7 +252,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                     "MFAC skipped a step: the gradient holds a NaN or an infinity; further ones "
                     "are counted in skipped_steps, without a warning"
                 )
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
+                warn(message, RuntimeWarning)
             self.skipped_steps += 1
             return
         self._move(self._work)

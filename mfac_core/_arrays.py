@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -124,15 +124,15 @@ class Home:
     xp: Any
     device: Any
 
-    @property
-    def is_numpy(self) -> bool:
-        """Whether the m-sized arrays are NumPy's."""
-        return self.xp is np
+    is_numpy: bool = field(init=False)
+    """Whether the m-sized arrays are NumPy's."""
 
-    @property
-    def is_host(self) -> bool:
-        """Whether to look at a number here costs no wait for a device."""
-        return str(self.device).partition(":")[0] == "cpu"
+    is_host: bool = field(init=False)
+    """Whether to look at a number here costs no wait for a device."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_numpy", self.xp is np)
+        object.__setattr__(self, "is_host", str(self.device).partition(":")[0] == "cpu")
 
     def receive(self, x: Array) -> Array:
         """Bring an array here as float64; it may share memory with ``x``."""

@@ -98,8 +98,8 @@ class Dual:
             self._inverse = None
         if self._inverse is not None:
             self._replaced += 1
-            if not self.home.is_numpy and dense.replaces(self._inverse, self.gram, row):
-                self.doubt = dense.replace(self._inverse, self.gram, i, row, self.shift)
+            self.doubt = dense.replace(self._inverse, self.gram, i, row, self.shift)
+            if self.doubt is not None:  # on a device, which has done it all
                 return
             self._inverse = self._replaced_inverse(self._inverse, i, row)
         self.gram[i, :] = row
@@ -134,13 +134,15 @@ class Dual:
 
     def solve(self, b: Array) -> Array:
         """A⁻¹b for b of shape (m,) or (m, k)."""
-        self.discard_if_doubtful()
+        if self.doubt is not None:
+            self.discard_if_doubtful()
         if self._inverse is not None:
             y = self._refined(b, self._inverse @ b)
             if y is not None:
                 return y
             self._inverse = None
-        return dense.cholesky_solve(self.home, self.factor(), b)
+        factor = self.factor() if self._factor is None else self._factor
+        return dense.cholesky_solve(self.home, factor, b)
 
     def column(self, i: int) -> Array:
         """A⁻¹eᵢ, shape (m,); to be asked for again where K is then found doubtful."""

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mfac_core._arrays import Array, home_of
-from mfac_core._dual import LARGEST_LIFTS, Dual
+from mfac_core._arrays import Array
+from mfac_core._dual import LARGEST_LIFTS
+from mfac_core._jax.host import solve_on_host
 
 SUMMED_COLUMNS = 256
 """Products summed in their own precision; the sums of so many are added as pairs."""
@@ -101,8 +102,6 @@ def _solve_here(gram: Array, shift: Array, b: Array) -> Array:
 
 def _solve_on_host(gram: Any, shift: Any, b: Any) -> np.ndarray[Any, Any]:
     gram, b = (np.asarray(parts, dtype=np.float64).sum(axis=0) for parts in (gram, b))
-    if not np.isfinite(shift):
-        return np.full((2, len(b)), np.nan, np.float32)
-    y = Dual(gram, float(shift), home_of(gram)).solve(b)
+    y = solve_on_host(gram, float(shift), b)
     high = y.astype(np.float32)
     return np.stack([high, (y - high).astype(np.float32)])

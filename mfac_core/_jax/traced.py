@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy
 
 from mfac_core._arrays import Array
+from mfac_core._jax.host import solve_on_host
 from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
 
 
@@ -26,7 +26,7 @@ def ihvp(gradients: Array, x: Array, damping: Any) -> Array:
     for columns in column_slices(d, GRAM_COLUMNS):
         block = gradients[:, columns].astype(work)
         gram = gram + jnp.matmul(block, block.T, precision="highest")
-    return apply(gradients, x, damping, solve_host, gram, damping)
+    return apply(gradients, x, damping, _solve, gram, damping)
 
 
 def apply(
@@ -50,10 +50,6 @@ def apply(
     return ((x.astype(work) - back) / damping).astype(dtype)
 
 
-def solve_host(b: Any, gram: Any, damping: Any) -> np.ndarray[Any, Any]:
-    """Solve (m·damping·I + gram) c = b by a float64 Cholesky factorisation."""
-    a = np.array(gram, dtype=np.float64)
+def _solve(b: Any, gram: Any, damping: Any) -> np.ndarray[Any, Any]:
     b = np.asarray(b)
-    a[np.diag_indices_from(a)] += len(a) * float(damping)
-    solution = scipy.linalg.solve(a, b.astype(np.float64), assume_a="pos")
-    return solution.astype(b.dtype)  # type: ignore[no-any-return]
+    return solve_on_host(gram, len(gram) * float(damping), b).astype(b.dtype)

@@ -68,7 +68,8 @@ class DampedInverse(LowRankOperator):
         -----
         Two passes over G and O(m²); each step of refinement costs two more passes, in float64.
         """
-        return self._multiplied(self._checked(x, "x", (1,)), refine)
+        x = self._checked(x, "x", (1,))
+        return self._ask(self._refined, x, _steps(refine)) if refine else self._ask(self._apply, x)
 
     def matmat(self, x: Any, *, refine: int = 0) -> Any:
         """Return F⁻¹X for a matrix of columns, at the speed of matrix products.
@@ -85,7 +86,8 @@ class DampedInverse(LowRankOperator):
         array, shape (d, k)
             In the promoted dtype of ``x`` and the gradients.
         """
-        return self._multiplied(self._checked(x, "x", (2,)), refine)
+        x = self._checked(x, "x", (2,))
+        return self._ask(self._refined, x, _steps(refine)) if refine else self._ask(self._apply, x)
 
     def diagonal(self) -> Array:
         """Return diag F⁻¹ = (1 − Σₖ Wₖᵢ²) / λ with W = L⁻¹G, A = L Lᵀ.
@@ -125,11 +127,6 @@ class DampedInverse(LowRankOperator):
         self._digits.settle()
 
     # -- products --------------------------------------------------------------------------
-
-    def _multiplied(self, x: Any, refine: int) -> Any:
-        if not refine:
-            return self._ask(self._apply, x)
-        return self._ask(self._refined, x, check.integer(refine, "refine", minimum=0))
 
     def _apply(self, x: Any) -> Any:
         if is_traced(first_of(x)):
@@ -246,3 +243,7 @@ class DampedInverse(LowRankOperator):
     def _logdet(self) -> float:
         self._digits.look_at_pivots("log det F⁻¹")
         return -self._fisher_logdet(self._dual.logdet())
+
+
+def _steps(refine: Any) -> int:
+    return check.integer(refine, "refine", minimum=0)

@@ -14,7 +14,7 @@ import numpy as np
 import scipy
 from array_api_compat import is_cupy_namespace, is_torch_namespace
 
-from mfac_core._arrays import Array, Home
+from mfac_core._arrays import Array, Home, is_numpy_array
 from mfac_core._ops.cuda import passes as cuda_passes
 from mfac_core._ops.cuda import queries as cuda_queries
 
@@ -73,16 +73,14 @@ def add_rank_two(home: Home, a: Array, p: Array, signs: tuple[float, float]) -> 
     return a
 
 
-def replaces(inverse: Array, gram: Array, row: Array) -> bool:
-    """Whether :func:`replace` takes these matrices."""
-    return cuda_passes.serves(inverse, gram, row)
-
-
-def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Array:
-    """Exchange row and column i of the Gram, and of (shift·I + Gram)⁻¹, in place, on the device.
+def replace(inverse: Array, gram: Array, i: int, row: Array, shift: float) -> Array | None:
+    """Exchange row and column i of the Gram, and of (shift·I + Gram)⁻¹, in place, on a device.
 
     Returns an int32 array there: [0], or [1] where rounding forbade it and the inverse stayed.
+    Where no kernel takes these matrices nothing is done, and None returned.
     """
+    if is_numpy_array(inverse) or not cuda_passes.serves(inverse, gram, row):
+        return None
     return cuda_passes.replace(inverse, gram, i, row, shift)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import array_api_extra as xpx
@@ -76,8 +76,8 @@ class Rows(ABC):
     """Whether products run in float64 whatever is asked."""
 
     @abstractmethod
-    def parts(self) -> Iterator[tuple[slice, Array]]:
-        """Yield the parts of G with the columns they cover: arrays of at least ``used`` rows."""
+    def parts(self) -> Iterable[tuple[slice, Array]]:
+        """Return the parts of G with the columns they cover: arrays of at least ``used`` rows."""
 
     @abstractmethod
     def take(self, indices: np.ndarray[Any, Any]) -> Array:
@@ -141,20 +141,20 @@ class Rows(ABC):
 
     def project(self, x: Columns) -> Array:
         """G x, float64 (m,) or (m, k); in float64 products when x is float64."""
-        first = first_of(x)
-        exact = self.exact or itemsize(first.dtype) == 8
+        exact = self.exact or itemsize(first_of(x).dtype) == 8
         with np.errstate(over="ignore", invalid="ignore"):
-            total = self._project(x, first, exact)
+            total = self._project(x, exact)
         if self.home.is_host and not exact and _left_float32(total) and self._is_nonzero(x):
-            total = self._project(x, first, True)
+            total = self._project(x, True)
         return total
 
-    def _project(self, x: Columns, first: Array, exact: bool) -> Array:
-        total = self.home.zeros((self.used, *first.shape[1:]))
-        for i, (columns, part) in enumerate(self.parts()):
-            piece = _piece(x, i, columns, part)
-            total += ops.project(part, piece, exact=exact, home=self.home)[: self.used, ...]
-        return self.summed(total)
+    def _project(self, x: Columns, exact: bool) -> Array:
+        products = [
+            ops.project(part, _piece(x, i, columns, part), exact=exact, home=self.home)
+            for i, (columns, part) in enumerate(self.parts())
+        ] or [self.home.zeros((self.used, *first_of(x).shape[1:]))]
+        total = sum(products[1:], start=products[0])[: self.used, ...]
+        return total if self.reduce is None else self.summed(total)
 
     def _is_nonzero(self, x: Columns) -> bool:
         return bool(np.any(self.square_norms(x) != 0.0))
@@ -187,7 +187,9 @@ class Rows(ABC):
                 c = xpx.pad(c, [(0, unused), *[(0, 0)] * (c.ndim - 1)], xp=self.home.xp)
             piece = None if base is None else _piece(base, i, columns, part)
             pieces.append(ops.combine(part, c, piece, alpha, dtype=dtype, exact=exact))
-        return pieces if isinstance(base, list) else joined(pieces)
+        if isinstance(base, list):
+            return pieces
+        return pieces[0] if len(pieces) == 1 else joined(pieces)
 
     def pair_products(self, columns: np.ndarray[Any, Any], right: Array) -> Array:
         """Σᵣ G[r, columns[p]] right[r, p] for ``right`` (m, len(columns)), float64 in the home."""
@@ -287,8 +289,6 @@ def _piece(x: Columns, i: int, columns: slice, part: Array) -> Array:
 
 def joined(pieces: list[Array]) -> Array:
     """Return pieces of a d-sized array as one, on the device of the first."""
-    if len(pieces) == 1:
-        return pieces[0]
     if not is_jax_array(pieces[0]):
         pieces = [to_device(piece, device(pieces[0])) for piece in pieces]
     return array_namespace(pieces[0]).concat(pieces, axis=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,16 +39,15 @@ class ArrayRows(Rows):
         self.array = array
         self.progress = progress
 
-    def parts(self) -> Iterator[tuple[slice, Array]]:
-        """Yield the array whole, or in slices that a progress bar can count."""
+    def parts(self) -> Iterable[tuple[slice, Array]]:
+        """Return the array whole, or in slices that a progress bar can count."""
         # The unused rows come along where leaving them out would be a copy; they are zero.
         whole = self.used == self.array.shape[0] or is_jax_array(self.array)
         array = self.array if whole else self.array[: self.used, :]
         if not self.progress:
-            yield slice(None), array
-            return
-        for columns in track(slices(array, self.shape), "gradients"):
-            yield columns, array[:, columns]
+            return ((slice(None), array),)
+        cuts = track(slices(array, self.shape), "gradients")
+        return ((columns, array[:, columns]) for columns in cuts)
 
     def take(self, indices: np.ndarray[Any, Any]) -> Array:
         """See :meth:`Rows.take`."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from scipy.stats import multivariate_normal
-from test_examples import load
+from scripts import load
 
 from mfac_core.testing import dense_fisher
 

@@ -10,7 +10,7 @@ import torch
 from conftest import BACKENDS, CASES, numpy64, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ranks import Ranks
+from problems import Ranks
 
 import mfac_core as mfac
 from mfac_core._ops import _entries

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from test_examples import EXAMPLES
+from scripts import EXAMPLES
 
 SCRIPTS = {
     path.name: text

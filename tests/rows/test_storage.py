@@ -9,24 +9,12 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 from conftest import BACKENDS, numpy64, relative_error
+from problems import File
 
 import mfac_core as mfac
 from mfac_core.testing import assert_operator_close, dense_fisher, dense_inverse, error_bound
 
 CUTS = (0, 13, 14, 60)
-
-
-class File:
-    """What h5py and zarr have in common, with a record of what was read."""
-
-    def __init__(self, array, chunks=None):
-        self._array = array
-        self.shape, self.dtype, self.chunks = array.shape, array.dtype, chunks
-        self.read = np.zeros(array.shape, int)
-
-    def __getitem__(self, key):
-        self.read[key] += 1
-        return self._array[key]
 
 
 @pytest.fixture

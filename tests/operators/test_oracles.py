@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import relative_error
 from hypothesis import given
-from test_static import problems
+from problems import problems
 
 import mfac_core as mfac
 from mfac_core.testing import (

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 from conftest import BACKENDS, CASES, numpy64, relative_error
 from hypothesis import given
-from hypothesis import strategies as st
+from problems import problems
 
 import mfac_core as mfac
 from mfac_core.testing import (
@@ -15,27 +15,6 @@ from mfac_core.testing import (
     dense_inverse,
     error_bound,
 )
-
-
-@st.composite
-def problems(draw, max_rows=12, max_params=40):
-    """Gradients with awkward shapes, scales, and equal, zero or collinear rows; and a damping."""
-    m = draw(st.integers(1, max_rows))
-    d = draw(st.integers(1, max_params))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scale = 10.0 ** draw(st.integers(-3, 3))
-    g = scale * rng.standard_normal((m, d)) / np.sqrt(d)
-    match draw(st.sampled_from(["general", "equal", "zero", "collinear", "all zero"])):
-        case "equal":
-            g[:] = g[0]
-        case "zero":
-            g[m // 2] = 0.0
-        case "collinear":
-            g[-1] = -3.0 * g[0]
-        case "all zero":
-            g[:] = 0.0
-    damping = scale**2 * 10.0 ** draw(st.floats(-5, 2))
-    return g, damping
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)

@@ -1,29 +1,12 @@
 """The examples run, in a short form, and print what they promise."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import EXAMPLES, load
 
 from mfac_core.testing import dense_inverse, error_bound
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def load(path):
-    """Load a script as Python runs it: it can import the modules beside it."""
-    script = EXAMPLES / path
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(script.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(script.parent))
-    return module
 
 
 def test_quickstart(tmp_path, capsys):

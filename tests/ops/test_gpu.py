@@ -174,5 +174,5 @@ def test_under_compute_sanitizer(cupy):
     for tool in ("memcheck", "racecheck", "initcheck"):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
         command += [sys.executable, "-m", "pytest", "-m", "gpu", "-q", chosen]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=this.parents[1])
+        run = subprocess.run(command, capture_output=True, text=True, cwd=this.parents[2])
         assert run.returncode == 0, run.stdout[-3000:]

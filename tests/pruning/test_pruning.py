@@ -7,32 +7,11 @@ import pytest
 from conftest import CASES, numpy64, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from test_blocked import cuts
-from test_static import problems
+from problems import blocks_of, constrained_optimum, cuts, increase, problems
 
 import mfac_core as mfac
 from mfac_core.pruning import obs_update, prune, saliency
 from mfac_core.testing import dense_fisher, dense_inverse, error_bound
-
-
-def blocks_of(fisher, lengths):
-    """The diagonal blocks of a dense matrix."""
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    return np.where(owner[:, None] == owner, fisher, 0.0)
-
-
-def constrained_optimum(fisher, w, mask):
-    """Minimise ½ δᵀFδ under δ_S = −w_S, by the dense equations."""
-    best = np.where(mask, w, 0.0)
-    if mask.any():
-        inner = fisher[np.ix_(mask, mask)]
-        best[mask] += np.linalg.solve(inner, fisher[np.ix_(mask, ~mask)] @ w[~mask])
-    return best
-
-
-def increase(fisher, w, pruned):
-    delta = np.asarray(pruned) - w
-    return 0.5 * delta @ fisher @ delta
 
 
 @pytest.fixture

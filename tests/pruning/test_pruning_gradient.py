@@ -5,9 +5,7 @@ import pytest
 from conftest import CASES, numpy64, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_blocked import cuts
-from test_pruning import blocks_of
-from test_static import problems
+from problems import blocks_of, cuts, problems
 
 import mfac_core as mfac
 from mfac_core.pruning import obs_update, prune, saliency

@@ -7,10 +7,7 @@ import torch
 from conftest import BACKENDS, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_blocked import cuts
-from test_pruning import blocks_of, constrained_optimum, increase
-from test_static import problems
-from test_storage import File
+from problems import File, blocks_of, constrained_optimum, cuts, increase, problems
 
 from mfac_core._rows.storage import rows_of
 from mfac_core.pruning import prune

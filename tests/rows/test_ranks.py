@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,47 +11,11 @@ import pytest
 from conftest import BACKENDS, numpy64, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_static import problems
+from problems import Ranks, problems
+from scripts import EXAMPLES
 
 import mfac_core as mfac
 from mfac_core.testing import dense_inverse, error_bound
-
-EXAMPLES = Path(__file__).parents[1] / "examples" / "ranks"
-
-
-class Ranks:
-    """Ranks as threads; their reduce adds in a fixed order, and times out if one is absent."""
-
-    def __init__(self, size):
-        self.size = size
-        self._slots = [None] * size
-        self._barrier = threading.Barrier(size, timeout=20)
-        self._local = threading.local()
-
-    def reduce(self, x):
-        self._slots[self._local.rank] = x
-        self._barrier.wait()
-        total = sum(self._slots[1:], self._slots[0].copy())
-        self._barrier.wait()
-        return total
-
-    def run(self, body):
-        """Return what ``body(rank)`` returned, or raised, on each rank."""
-        results = [None] * self.size
-
-        def work(rank):
-            self._local.rank = rank
-            try:
-                results[rank] = body(rank)
-            except Exception as error:
-                results[rank] = error
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
 
 
 def columns(d, size, rank):
@@ -225,7 +188,7 @@ def errors(printed):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_mpi(size):
     mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
-    printed = run(mpiexec, "-n", str(size), sys.executable, str(EXAMPLES / "mpi.py"))
+    printed = run(mpiexec, "-n", str(size), sys.executable, str(EXAMPLES / "ranks" / "mpi.py"))
     assert f"{size} ranks" in printed
     assert len(errors(printed)) == 5
     assert max(errors(printed)) <= 1e-9
@@ -235,7 +198,7 @@ def test_mpi(size):
 
 @pytest.mark.parametrize("name", ["torch_gloo.py", "torch_zero.py"])
 def test_torch(name):
-    script = str(EXAMPLES / name)
+    script = str(EXAMPLES / "ranks" / name)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
     found = errors(run(*command))
     assert len(found) == 2
@@ -243,6 +206,6 @@ def test_torch(name):
 
 
 def test_jax_sharding():
-    printed = run(sys.executable, str(EXAMPLES / "jax_sharding.py"))
+    printed = run(sys.executable, str(EXAMPLES / "ranks" / "jax_sharding.py"))
     assert "2 devices, the product lives on 2" in printed
     assert max(errors(printed)) <= 1e-5

@@ -12,7 +12,7 @@ import torch
 from conftest import numpy64, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ranks import Ranks
+from problems import Ranks
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils import prune
 

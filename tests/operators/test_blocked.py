@@ -6,7 +6,7 @@ import scipy.linalg
 from conftest import CASES, numpy64, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from test_static import problems
+from problems import cuts, problems
 
 import mfac_core as mfac
 from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
@@ -19,17 +19,6 @@ def dense_blocks(g, sizes, damping):
         for size, stop in zip(sizes, stops, strict=True)
     ]
     return scipy.linalg.block_diag(*blocks)
-
-
-@st.composite
-def cuts(draw, d):
-    """Block lengths that sum to d, and what to pass for them."""
-    if draw(st.booleans()):
-        size = draw(st.integers(1, d + 3))
-        return size, [min(size, d - start) for start in range(0, d, size)]
-    inner = sorted(draw(st.sets(st.integers(1, d - 1), max_size=5))) if d > 1 else []
-    lengths = np.diff([0, *inner, d]).tolist()
-    return draw(st.sampled_from([lengths, tuple(lengths), np.array(lengths)])), lengths
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)

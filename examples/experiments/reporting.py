@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -52,8 +52,10 @@ def unique(records: Sequence[dict], key: str) -> list:
 def save(folder: Path, name: str, settings: dict, records: list, tables: dict[str, str]) -> None:
     """Write name.json, and name-key.md for each table, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"settings": settings, "records": records}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    about = json.dumps(settings, ensure_ascii=False)
+    text = f'{{"settings": {about},\n"records": [\n{lines}\n]}}\n'
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
     for key, text in tables.items():
         path = folder / f"{name}-{key}.md"
         path.write_text(text)

@@ -37,7 +37,7 @@ OPTIMISERS: dict[str, tuple[Make, tuple[float, ...]]] = {
         (0.001, 0.003, 0.01, 0.03, 0.1),
     ),
 }
-DOCS = Path(__file__).parents[1] / "docs" / "results" / "train_optax.md"
+DOCS = Path(__file__).parents[2] / "docs" / "results" / "train_optax.md"
 
 
 def initial_weights(key: Array) -> Weights:

@@ -1,5 +1,6 @@
 """Compiling with g++, once: results are kept under a hash of all that went in."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -92,10 +93,14 @@ def _kept(ingredients, build) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     library = CACHE / f"{key}.so"
     if not library.exists():
-        # Renamed when complete, so that processes side by side do not load half a file.
-        unfinished = CACHE / f"{key}.{os.getpid()}.tmp"
-        build(unfinished)
-        unfinished.replace(library)
+        # Built under another name, so that processes side by side do not load half a file. They may
+        # build it at the same time: whoever is done first keeps it, and nobody replaces a file that
+        # another has loaded, and looks for in its own memory map.
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            unfinished = Path(folder) / library.name
+            build(unfinished)
+            with contextlib.suppress(FileExistsError):
+                library.hardlink_to(unfinished)
     return library
 
 

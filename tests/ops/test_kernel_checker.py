@@ -1,6 +1,7 @@
 """The checker itself: planted bugs must be caught, and what is right let through."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -190,6 +191,28 @@ def test_without_a_compiler_the_message_says_so(monkeypatch):
     with pytest.raises(BuildError, match="need the compiler 'no-such-compiler'"):
         build.compiler_version()
     build.compiler_version.cache_clear()
+
+
+def test_a_library_that_another_process_has_built_meanwhile_stays(monkeypatch, tmp_path):
+    """It may have been loaded, and must then be found under its name in the memory map."""
+    code = 'extern "C" __global__ void k(float* y) { y[0] = 1.0f; }'
+    Module(code)  # the runtime with it
+    monkeypatch.setattr(build, "CACHE", tmp_path)
+    run, other = build._run, []
+
+    def beside_another(command):
+        run(command)
+        if "-shared" in command and not other:
+            other.append(None)
+            other[0] = Module(code)  # which is quicker
+
+    monkeypatch.setattr(build, "_run", beside_another)
+    y, module = np.zeros(1, "float32"), Module(code)
+    for each in (module, other[0]):
+        each.get_function("k")((1,), (1,), (y,))
+        assert (each.path, each.begin) == (module.path, module.begin)
+    assert list(tmp_path.iterdir()) == [module.path]
+    assert f"{module.path} (deleted)" not in Path("/proc/self/maps").read_text()
 
 
 def nearest(x, dtype):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mfac_core import _validate as check
+from mfac_core._progress import track
 from mfac_core.torch import _batches
 from mfac_core.torch._parameters import Choice, bare, chosen, with_gradient
 from mfac_core.torch._unchanged import unchanged
@@ -34,8 +35,9 @@ def rows_of_batches(
     wanted: int | None,
     *,
     skip: int = 0,
+    arrange: Callable[[Tensor], Tensor] = torch.flatten,
 ) -> Generator[tuple[Tensor, float]]:
-    """Yield the gradient (d,) and the loss of each batch."""
+    """Yield the gradient (d,) and the loss of each batch; ``arrange`` flattens a parameter's."""
     model = bare(model)
     parameters = list(columns.values())
     device, dtype = parameters[0].device, common_dtype(parameters)
@@ -60,7 +62,7 @@ def rows_of_batches(
                 raise ValueError(msg)
             row = torch.cat(
                 [
-                    (torch.zeros_like(p) if part is None else part).reshape(-1).to(device, dtype)
+                    arrange(torch.zeros_like(p) if part is None else part).to(device, dtype)
                     for part, p in zip(parts, parameters, strict=True)
                 ]
             )
@@ -86,7 +88,7 @@ def requiring_gradient(parameters: Iterable[Tensor]) -> Iterator[None]:
                 p.requires_grad_(flag)
 
 
-def scalar(loss: Any, i: int) -> Tensor:
+def scalar(loss: Any, i: int | None = None) -> Tensor:
     """Check a loss."""
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         got = (
@@ -96,7 +98,7 @@ def scalar(loss: Any, i: int) -> Tensor:
         )
         msg = (
             f"loss_fn(model, batch) must return a scalar, the loss of the batch, got {got} "
-            f"for batch {i}; return its mean"
+            f"{'' if i is None else f'for batch {i}'}; return its mean"
         )
         raise TypeError(msg) if not isinstance(loss, torch.Tensor) else ValueError(msg)
     if torch.is_grad_enabled() and not loss.requires_grad:
@@ -106,6 +108,11 @@ def scalar(loss: Any, i: int) -> Tensor:
         )
         raise ValueError(msg)
     return loss.reshape(())
+
+
+def bar(items: Iterable[Any], total: int | None, shown: bool) -> Iterator[Any]:
+    """Go through rows behind a bar."""
+    return track(items, "gradients", total) if shown else iter(items)
 
 
 def common_dtype(parameters: Iterable[Tensor]) -> Any:

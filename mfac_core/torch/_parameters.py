@@ -92,3 +92,29 @@ def _meant(choice: Any, names: Mapping[str, Tensor], argument: str) -> set[int]:
         msg = f"{argument} {choice!r} fits no parameter of the model, which has {some}, ..."
         raise ValueError(msg)
     return found
+
+
+PRUNABLE = (
+    torch.nn.Linear,
+    torch.nn.Bilinear,
+    torch.nn.modules.conv._ConvNd,
+    torch.nn.Embedding,
+    torch.nn.EmbeddingBag,
+    torch.nn.RNNBase,
+    torch.nn.modules.rnn.RNNCellBase,
+    torch.nn.MultiheadAttention,
+)
+"""Layers whose weights are pruned unless somebody says which."""
+
+
+def prunable(model: torch.nn.Module, *, embeddings: bool = True) -> dict[str, Tensor]:
+    """Return the weights, and no biases, of the usual layers that are not frozen, by name."""
+    tables = () if embeddings else (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    wanted = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, PRUNABLE) and not isinstance(module, tables)
+        for attribute, p in module._parameters.items()
+        if p is not None and "weight" in attribute and p.ndim > 1 and p.requires_grad
+    }
+    return {name: p for name, p in model.named_parameters() if id(p) in wanted}

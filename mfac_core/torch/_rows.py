@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from mfac_core import _validate as check
-from mfac_core._progress import track
 from mfac_core.torch import _batches
-from mfac_core.torch._gradients import Loss, Tensor, columns_of, common_dtype, rows_of_batches
+from mfac_core.torch._gradients import Loss, bar, columns_of, common_dtype, rows_of_batches
 from mfac_core.torch._parameters import Choice
-from mfac_core.torch._store import Store, store_for
+from mfac_core.torch._store import put, store_for
 
 
 def gradient_rows(
@@ -114,28 +113,8 @@ def gradient_rows(
     done = store.start or check.integer(start, "start", minimum=0)
     found = rows_of_batches(model, loss_fn, batches, columns, wanted, skip=done)
     try:
-        for i, (row, _) in _bar(enumerate(found, done), wanted, progress):
-            _write(store, i, row.to(dtype)[None, :], wanted)
+        for i, (row, _) in bar(enumerate(found, done), wanted, progress):
+            put(store, i, row.to(dtype), wanted)
     finally:
         found.close()  # the model is as it was before anybody sees an error
     return store.finish()
-
-
-def _bar(items: Iterable[Any], total: int | None, shown: bool) -> Iterator[Any]:
-    """Go through rows behind a bar."""
-    return track(items, "gradients", total) if shown else iter(items)
-
-
-def _write(store: Store, i: int, row: Tensor, wanted: int | None) -> None:
-    if not bool(torch.isfinite(row).all()):
-        msg = f"gradient {i} overflows {row.dtype}; take a wider dtype for the rows"
-        raise check.NonFiniteError(msg)
-    try:
-        store.write(i, row)
-    except OSError as error:
-        size = f" of {wanted}" if wanted else ""
-        msg = (
-            f"row {i}{size} could not be written to out, {row.nbytes} bytes a row: "
-            f"{error.strerror or error}; make room, or take fewer rows or a narrower dtype"
-        )
-        raise OSError(error.errno, msg) from error

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mfac_core import _validate as check
+
 Tensor = Any
 
 
@@ -169,6 +171,22 @@ def store_for(
         raise TypeError(msg)
     kind = {2: torch.float16, 4: torch.float32}.get(np.dtype(out.dtype).itemsize, torch.float64)
     return ArrayStore(out), shape[0], kind
+
+
+def put(store: Store, i: int, row: Tensor, wanted: int | None) -> None:
+    """Write row i, (d,), and say what went wrong."""
+    if not bool(torch.isfinite(row).all()):
+        msg = f"gradient {i} overflows {row.dtype}; take a wider dtype for the rows"
+        raise check.NonFiniteError(msg)
+    try:
+        store.write(i, row[None, :])
+    except OSError as error:
+        size = f" of {wanted}" if wanted else ""
+        msg = (
+            f"row {i}{size} could not be written to out, {row.nbytes} bytes a row: "
+            f"{error.strerror or error}; make room, or take fewer rows or a narrower dtype"
+        )
+        raise OSError(error.errno, msg) from error
 
 
 def _numpy_dtype(dtype: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,15 +12,18 @@ Tensor = Any
 
 
 @contextmanager
-def unchanged(model: torch.nn.Module) -> Iterator[Callable[[], None]]:
+def unchanged(
+    model: torch.nn.Module, *, except_for: Iterable[Tensor] = ()
+) -> Iterator[Callable[[], None]]:
     """Undo in the end what running a model changes, but for values of parameters.
 
     These are the modes of its modules, its buffers and other tensors that modules hold, the
     parameters' ``grad`` and ``requires_grad``, and the state of the random number generators.
     Yields a function that does the same for buffers and held tensors at once: what comes
-    next starts from the same state.
+    next starts from the same state. The buffers ``except_for`` are left as they become.
     """
-    held = [_Held(module) for module in model.modules()]
+    left = {id(buffer) for buffer in except_for}
+    held = [_Held(module, left) for module in model.modules()]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
 
     def restore() -> None:
@@ -47,12 +50,12 @@ def _cuda_devices(model: torch.nn.Module) -> list[int]:
 class _Held:
     """What one module holds: tensors that a forward pass may write to or replace."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, left: set[int]) -> None:
         self.module, self.training = module, module.training
         self._buffers = {
             name: (buffer, buffer.detach().clone())
             for name, buffer in module._buffers.items()
-            if buffer is not None
+            if buffer is not None and id(buffer) not in left
         }
         self._tensors = self._plain_tensors()
         # Recurrent layers list their weights once more.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
-def track(items: Sequence[Any], label: str) -> Iterator[Any]:
+def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
     """Go through ``items`` behind a bar that disappears when done."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return iter(items)
-    return iter(tqdm(items, desc=label, leave=False))
+    return iter(tqdm(items, desc=label, total=total, leave=False))

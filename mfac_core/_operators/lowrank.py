@@ -160,7 +160,21 @@ class FisherFunction(LowRankOperator):
 
 
 class FisherPower(FisherFunction):
-    """F^p for F = λI + GᵀG/n, from the eigenvalues of GGᵀ."""
+    """F^p for F = λI + GᵀG/n, from the eigenvalues of GGᵀ.
+
+    Parameters
+    ----------
+    rows : Rows
+        G, shape (m, d).
+    gram : array, shape (m, m)
+        GGᵀ, float64 in the home of the rows.
+    damping : float
+        λ.
+    divisor : int
+        n.
+    exponent : float
+        p.
+    """
 
     def __init__(
         self, rows: Rows, gram: Array, damping: float, divisor: int, exponent: float

@@ -1,6 +1,21 @@
-"""The optimiser for PyTorch, and gradients of single samples."""
+"""The optimiser for PyTorch, gradients of its models, and pruning them."""
 
 from mfac_core.torch._optimizer import MFAC as MFAC
 from mfac_core.torch._per_sample import per_sample_gradients as per_sample_gradients
+from mfac_core.torch._pruner import Pruner as Pruner
+from mfac_core.torch._report import LayerReport as LayerReport
+from mfac_core.torch._report import Report as Report
+from mfac_core.torch._report import StepReport as StepReport
+from mfac_core.torch._rows import gradient_rows as gradient_rows
+from mfac_core.torch._schedule import prune_model as prune_model
 
-__all__ = ["MFAC", "per_sample_gradients"]
+__all__ = [
+    "MFAC",
+    "LayerReport",
+    "Pruner",
+    "Report",
+    "StepReport",
+    "gradient_rows",
+    "per_sample_gradients",
+    "prune_model",
+]

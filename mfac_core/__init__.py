@@ -5,6 +5,9 @@ array API standard), products with and elements of the inverse of F = λI + Gᵀ
 """
 
 from mfac_core._operators.blocked import BlockInverseFisher as BlockInverseFisher
+from mfac_core._operators.damping import DampingCurve as DampingCurve
+from mfac_core._operators.damping import choose_damping as choose_damping
+from mfac_core._operators.damping import damping_curve as damping_curve
 from mfac_core._operators.fisher import EmpiricalFisher as EmpiricalFisher
 from mfac_core._operators.sliding import SlidingInverseFisher as SlidingInverseFisher
 from mfac_core._operators.sparse import SparseSlidingInverseFisher as SparseSlidingInverseFisher
@@ -15,9 +18,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockInverseFisher",
+    "DampingCurve",
     "EmpiricalFisher",
     "InverseFisher",
     "SlidingInverseFisher",
     "SparseSlidingInverseFisher",
+    "choose_damping",
+    "damping_curve",
     "ihvp",
 ]

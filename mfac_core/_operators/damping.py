@@ -170,6 +170,11 @@ def choose_damping(
     return damping_of(rows, to_numpy(finite_gram(rows)), method, grid)
 
 
+def damping_of_rows(rows: Rows) -> float:
+    """Choose λ, for whoever does not need the Gram."""
+    return damping_of(rows, to_numpy(finite_gram(rows)))
+
+
 def damping_of(
     rows: Rows, gram: NDArray, method: str = "leave-one-out", grid: NDArray | None = None
 ) -> float:

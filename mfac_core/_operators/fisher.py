@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array
+from mfac_core._operators.damping import damping_of_rows
 from mfac_core._operators.lowrank import FisherFunction
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import rows_of
@@ -28,8 +29,8 @@ class EmpiricalFisher(FisherFunction):
         side by side, on one device or on several; or anything with ``shape``, ``dtype`` and
         ``[:, a:b]``, such as a numpy.memmap, an h5py dataset or a zarr array, which is read in
         slices. Held, not copied, and never written to; do not change it meanwhile.
-    damping : float
-        λ > 0.
+    damping : float or "auto"
+        λ > 0; or that of :func:`choose_damping`, which costs d·m² multiplications.
     reduce : callable, optional
         For gradients whose columns are spread over ranks, each rank holding (m, d_rank) of them:
         takes a small float64 NumPy array and returns its sum over ranks. All ranks then make the
@@ -75,13 +76,14 @@ class EmpiricalFisher(FisherFunction):
         self,
         gradients: Any,
         *,
-        damping: float,
+        damping: float | Literal["auto"],
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
+        given = None if damping == "auto" else check.damping(damping)
         self.gradients = gradients
-        self._damping = check.damping(damping)
         self._rows = rows_of(gradients, reduce=reduce, progress=progress)
+        self._damping = damping_of_rows(self._rows) if given is None else given
         self._reduce, self._progress = reduce, progress
 
     @property

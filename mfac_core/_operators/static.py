@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, is_traced, promote, send
+from mfac_core._arrays import Array, array_namespace, is_traced, promote, send, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._jax import traced
 from mfac_core._operators import digits
 from mfac_core._operators.base import Indices
+from mfac_core._operators.damping import damping_of
 from mfac_core._operators.guard import Lock
 from mfac_core._operators.inverse import DampedInverse
 from mfac_core._rows.base import Reduce, Rows
@@ -32,8 +34,8 @@ class InverseFisher(DampedInverse):
         side by side, on one device or on several; or anything with ``shape``, ``dtype`` and
         ``[:, a:b]``, such as a numpy.memmap, an h5py dataset or a zarr array, which is read in
         slices. Held, not copied, and never written to; do not change it meanwhile.
-    damping : float
-        λ > 0.
+    damping : float or "auto"
+        λ > 0; or that of :func:`choose_damping`, to be read from ``damping`` afterwards.
     reduce : callable, optional
         For gradients whose columns are spread over ranks, each rank holding (m, d_rank) of them:
         takes a small float64 NumPy array and returns its sum over ranks. All ranks then make the
@@ -89,14 +91,17 @@ class InverseFisher(DampedInverse):
         self,
         gradients: Any,
         *,
-        damping: float,
+        damping: float | Literal["auto"],
         reduce: Reduce | None = None,
         progress: bool = False,
         store_whitened: bool = False,
     ) -> None:
-        self._damping = check.damping(damping)
+        given = None if damping == "auto" else check.damping(damping)
         self.gradients = gradients
-        self._start(rows_of(gradients, reduce=reduce, progress=progress), None)
+        rows = rows_of(gradients, reduce=reduce, progress=progress)
+        gram = digits.finite_gram(rows)
+        self._damping = damping_of(rows, to_numpy(gram)) if given is None else given
+        self._start(rows, gram)
         if store_whitened:
             self._store_whitened()
 
@@ -147,28 +152,74 @@ class InverseFisher(DampedInverse):
             msg = f"gram must be a finite matrix of shape {(m, m)}, got shape {tuple(gram.shape)}"
             raise ValueError(msg)
         operator.gradients = gradients
-        operator._start(rows, rows.home.xp.asarray(gram, copy=True))
+        operator._start(rows, rows.home.xp.asarray(gram, copy=True), checked=True)
         return operator
 
+    def with_damping(self, damping: float) -> Self:
+        """Return the inverse over the same gradients under another λ.
+
+        Parameters
+        ----------
+        damping : float
+            λ > 0.
+
+        Returns
+        -------
+        InverseFisher
+            It shares the Gram with this operator, and what is known of its accuracy.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``damping`` is not finite and positive.
+
+        Notes
+        -----
+        O(m³), and no pass over the gradients; but the first λ for which a Gram of float32 products
+        is not accurate enough has it formed anew in float64, here as there.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import mfac_core as mfac
+        >>> inverse = mfac.InverseFisher(np.array([[1.0, 0.0, 2.0]]), damping=1.0)
+        >>> [float(inverse.with_damping(λ).logdet()) for λ in (0.5, 1.0)]
+        [-0.3184537, -1.79175947]
+        """
+        return self._ask(self._with_damping, check.damping(damping))
+
+    def _with_damping(self, damping: float) -> Self:
+        other = self._of_rows(copy.copy(self._rows), damping, self._dual.gram, checked=False)
+        if other._rows.exact and not self._rows.exact:
+            self._rows.exact = True
+            self._dual.set_gram(other._dual.gram)
+        if hasattr(self, "gradients"):
+            other.gradients = self.gradients
+        return other
+
     @classmethod
-    def _of_rows(cls, rows: Rows, damping: float, gram: Array | None = None) -> Self:
+    def _of_rows(
+        cls, rows: Rows, damping: float, gram: Array | None = None, *, checked: bool = True
+    ) -> Self:
         operator = cls.__new__(cls)
         operator._damping = damping
-        operator._start(rows, gram)
+        if gram is None:
+            operator._start(rows, digits.finite_gram(rows))
+        else:
+            operator._start(rows, gram, checked=checked)
         return operator
 
     _stored_diagonal: Array
     """With ``_whitened``."""
 
-    def _start(self, rows: Rows, gram: Array | None) -> None:
+    def _start(self, rows: Rows, gram: Array, *, checked: bool = False) -> None:
+        """Factor the dual; a Gram that is ``checked`` is taken as it is."""
         self._lock = Lock()
         self._rows = rows
         self._whitened: Rows | None = None
-        known = gram is not None  # and then taken as it is
-        gram = digits.finite_gram(rows) if gram is None else gram
         self._dual = Dual(gram, self._divisor * self._damping, rows.home)
         self._digits = digits.Digits(
-            rows, self._dual, self._damping, digits.LARGEST_STATIC_ROUNDING, checked=known
+            rows, self._dual, self._damping, digits.LARGEST_STATIC_ROUNDING, checked=checked
         )
         self._settle()
         self._dual.factor()
@@ -210,7 +261,7 @@ class InverseFisher(DampedInverse):
         return self._rows, self._dual.gram
 
 
-def ihvp(gradients: Any, x: Any, *, damping: float) -> Any:
+def ihvp(gradients: Any, x: Any, *, damping: float | Literal["auto"]) -> Any:
     """Return F⁻¹x for the damped empirical Fisher matrix F = λI + GᵀG/m, in one call.
 
     Parameters
@@ -219,8 +270,8 @@ def ihvp(gradients: Any, x: Any, *, damping: float) -> Any:
         G, one gradient per row, real floating, of any storage that :class:`InverseFisher` takes.
     x : array, shape (d,) or (d, k)
         A vector, or columns of vectors, of the same library and device.
-    damping : float
-        λ > 0.
+    damping : float or "auto"
+        λ > 0; or that of :func:`choose_damping`.
 
     Returns
     -------
@@ -261,4 +312,6 @@ def ihvp(gradients: Any, x: Any, *, damping: float) -> Any:
         return traced.ihvp(gradients, x, damping)
     rows = rows_of(gradients)
     rows.columns_argument(x, "x", (1, 2))  # before the work
-    return InverseFisher._of_rows(rows, check.damping(damping)) @ x
+    if damping != "auto":
+        return InverseFisher._of_rows(rows, check.damping(damping)) @ x
+    return InverseFisher(gradients, damping="auto") @ x

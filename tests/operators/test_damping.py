@@ -121,3 +121,48 @@ def test_columns_over_ranks(rng):
     parts = [g[:, :11], g[:, 11:]]
     found = ranks.run(lambda rank: mfac.choose_damping(parts[rank], reduce=ranks.reduce))
     assert found == pytest.approx([mfac.choose_damping(g)] * 2, rel=1e-9)
+
+
+def test_auto_is_what_choose_damping_says(rng):
+    g, x = correlated(rng), rng.standard_normal(40)
+    chosen = mfac.choose_damping(g)
+    inverse = mfac.InverseFisher(g, damping="auto")
+    assert inverse.damping == mfac.EmpiricalFisher(g, damping="auto").damping == chosen
+    assert mfac.EmpiricalFisher(g, damping="auto").inverse().damping == chosen
+    expected = mfac.ihvp(g, x, damping=chosen)
+    np.testing.assert_array_equal(inverse @ x, expected)
+    np.testing.assert_array_equal(mfac.ihvp(g, x, damping="auto"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_another_damping_is_as_if_made_anew(dtype, rng):
+    g = correlated(rng).astype(dtype)
+    x = rng.standard_normal(40).astype(dtype)
+    inverse = mfac.InverseFisher(g, damping=1.0)
+    for damping in (1e-7, 10.0, 0.1):  # float32 will not do for the first
+        other = inverse.with_damping(damping)
+        assert other.damping == damping
+        dense = damping * np.eye(40) + g.astype(float).T @ g.astype(float) / len(g)
+        bound = 2.0**-14 if dtype == "float32" else 2.0**-52 * np.linalg.cond(dense)
+        expected = np.linalg.solve(dense, x.astype(float))
+        assert np.linalg.norm(other @ x - expected) <= bound * np.linalg.norm(expected)
+    assert inverse.damping == 1.0
+
+
+def test_another_damping_reads_no_gradients_again(rng):
+    class Counted:
+        """A file that counts what is read of it."""
+
+        def __init__(self, array):
+            self._array, self.shape, self.dtype, self.reads = array, array.shape, array.dtype, 0
+
+        def __getitem__(self, key):
+            self.reads += 1
+            return self._array[key]
+
+    source = Counted(correlated(rng))
+    inverse = mfac.InverseFisher(source, damping=1.0)
+    reads = source.reads
+    for damping in np.logspace(-6, 2, 9):
+        inverse.with_damping(damping).logdet()
+    assert source.reads == reads

@@ -318,7 +318,7 @@ def test_a_refused_state_changes_nothing():
     for state, error in (
         (other.state_dict(), "window_size"),
         (groups.state_dict(), "different number of parameter groups"),
-        (torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), "'mfac'"),
+        (torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), "'damping'"),
     ):
         with pytest.raises(ValueError, match=error):
             optimizer.load_state_dict(state)

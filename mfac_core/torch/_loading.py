@@ -174,14 +174,13 @@ def _of_0_1_0(
     """Return a state dict of mfac_core 0.1.0, which had one flat window, as one of today."""
     own = state_dict["mfac"]
     states: dict[int, State] = {}
-    new = {"state": states, "param_groups": [dict(group) for group in state_dict["param_groups"]]}
-    for group in new["param_groups"]:
-        group["damping"] = own["damping"]
+    saved = [{**group, "damping": own["damping"]} for group in state_dict["param_groups"]]
+    new = {"state": states, "param_groups": saved}
     window = own["window"]
     if window is None:
         return new
     params = list(chain.from_iterable(group["params"] for group in groups))
-    ids = list(chain.from_iterable(group["params"] for group in new["param_groups"]))
+    ids = list(chain.from_iterable(group["params"] for group in saved))
     size = sum(p.numel() for p in params)
     expected = {"num_params": size, "window_size": window_size}
     expected |= {} if density is None else {"density": density}

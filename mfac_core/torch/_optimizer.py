@@ -32,8 +32,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     Parameters
     ----------
     params : iterable
-        Parameters, or groups of them with an ``lr``, ``momentum``, ``weight_decay`` and
-        ``decoupled_weight_decay`` of their own. One window holds the gradients of all.
+        Parameters, named ones, or groups of them with an ``lr``, ``momentum``, ``nesterov``,
+        ``weight_decay``, ``decoupled_weight_decay`` and ``maximize`` of their own. One window holds
+        the gradients of all.
     lr : float or 0-d torch.Tensor, default 1e-2
         η, the learning rate. Without ``damping`` it is how far the weights move in a step: the
         root mean square over each parameter.
@@ -45,27 +46,30 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     momentum : float, default 0.0
         β in [0, 1): the step is −ηv with v ← βv + (1 − β) F⁻¹g, as in the authors' code. It
         averages what torch.optim.SGD sums; η is then larger by 1/(1 − β).
+    nesterov : bool, default False
+        Step along βv + (1 − β) F⁻¹g, with the new v, instead.
     weight_decay : float, default 0.0
         ω: a step also subtracts ηω times the weights.
     decoupled_weight_decay : bool, default True
         With False ω times the weights is added to the gradient instead, before it enters the
         window, as in the authors' code.
+    maximize : bool, default False
+        Take −g for the gradient, to ascend.
     density : float, optional
         Share of each gradient that the window keeps, by
         :class:`~mfac_core.SparseSlidingInverseFisher`: at 0.01 about a fiftieth of the memory.
         F is then that of what is kept, g still the whole gradient. By default all is kept.
     window_dtype, window_device : optional
-        Of the window; by default the dtype the parameters promote to, and the first one's device.
+        Of the window; by default the dtype the parameters promote to, or that of a state that is
+        loaded, and the first one's device.
     reduce : callable, optional
-        Where every rank holds other parameters: sums a small float64 NumPy array over ranks, see
-        Notes.
+        Where every rank holds other parameters and these do not say so: sums a small float64 NumPy
+        array over ranks, see Notes.
 
     Attributes
     ----------
-    window_size, damping, density, window_dtype, window_device, reduce : optional
+    window_size, density, window_dtype, window_device, reduce : optional
         As given.
-    window : SlidingInverseFisher or None
-        The gradients and their inverse Fisher; None before the first step.
     skipped_steps : int
         Steps not taken because the gradient held a NaN or an infinity. Nothing changes in one; the
         first raises a ``RuntimeWarning``.
@@ -73,7 +77,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     Raises
     ------
     ValueError
-        If an argument is out of its range, or a group is added after the first step.
+        If an argument is out of its range.
 
     Notes
     -----
@@ -86,19 +90,42 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     gradients, let a scheduler take η to zero.
     ``MFAC(params, lr=1e-2, window_size=64, momentum=0.9)`` is where to start.
 
+    **Noise is not amplified.** A gradient of zeros changes nothing: neither weights nor momentum
+    nor window. In the scale-free step, let r be the root mean square of a parameter's gradient
+    beside that of the whole gradient. Where r is below ``FAINT`` = 2⁻¹², so that float32 would
+    round the parameter's mean square off beside the whole's, its part of the step has the size
+    r/2⁻¹² instead of 1: a closed gate, or a bias before a normalisation, whose gradient is nothing
+    but rounding, does not walk. A parameter whose gradient is zero, as that of a branch the batch
+    did not use, is one without a gradient. Lengths are taken in float64: gradients may have any
+    that float32 has.
+
     **Parameters without a gradient** keep their values and their momentum, and count as zeros in
     the window. So do weights whose gradients a mask has zeroed since the start: F⁻¹g is exactly
-    zero there, and a pruned network stays pruned.
+    zero there, and a pruned network stays pruned. What does not require a gradient takes no memory
+    until it has one; parameters that come later, by :meth:`add_param_group` or by unfreezing, have
+    zeros in the window's past.
+
+    **State** is where torch looks for it. ``state[p]`` has the parameter's rows of the window as
+    "window", of shape (m, ...), a view of the one flat window; its "velocity"; and the number of
+    gradients so far, "step". The first parameter's also has what is m-sized: the Gram GGᵀ and the
+    inverse of the dual, and their counters. What copies, moves, shards or saves a state so finds
+    all of it; without the m-sized part the Gram is computed anew, in d·m². A run that is resumed
+    equals the uninterrupted one bit for bit. A state is by reference, as in all of torch; what is
+    loaded is copied, in the state's own dtype and not the parameters', unless ``window_dtype`` was
+    given.
 
     **Number formats.** The step is computed in at least float32, also for 16-bit parameters and
-    windows, and the m × m work in float64. A state keeps the formats; it is not cast to the
-    parameters' when loaded. A run that is resumed equals the uninterrupted one bit for bit.
+    windows, and the m × m work in float64.
 
     **Several devices, several ranks.** Gradients are gathered on the window's device, steps sent
-    back. Under data parallelism every rank holds the averaged gradient already: leave ``reduce``
-    out, and all ranks take the same step. Give it where each rank holds some of the parameters, as
-    under ``torch.distributed.optim.ZeroRedundancyOptimizer``: the window is then split over
-    ranks, and only sums of m numbers travel.
+    back. Under data parallelism every rank holds the averaged gradient already, and all ranks take
+    the same step. Of DTensors (``fully_shard``, tensor parallelism) each rank's window holds what
+    the rank has of them; sums of 3P + m + 1 numbers, P parameters, travel over their mesh, and the
+    state is of DTensors. Under ``FullyShardedDataParallel`` the sums are over the default group,
+    unless ``reduce`` is given. Give ``reduce`` where parameters are spread over ranks and do not
+    say so, as under ``torch.distributed.optim.ZeroRedundancyOptimizer``.
+
+    **Compiling.** ``step`` stays out of the graphs of ``torch.compile``.
 
     **Cost.** That of the window, O(dm + m²), and a few passes over d elements.
 
@@ -118,6 +145,8 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     ...     optimizer.step()
     >>> len(optimizer.window)
     5
+    >>> optimizer.state[model.weight]["window"].shape
+    torch.Size([16, 1, 3])
     """
 
     _memory: Memory | None = None

@@ -13,7 +13,7 @@ Tensor = Any
 
 RIDGE = 0.6
 """mλ of the scale-free step, in which gradients have length 1: the best on trials of the tasks in
-examples/train_*.py, which prefer it little to a third or three times of it.
+examples/experiments/train_*.py, which prefer it little to a third or three times of it.
 """
 
 FAINT = 2.0**-12

@@ -68,7 +68,7 @@ def refresh(memory: Memory, state: Any, skipped_steps: int) -> None:
         for name, x in _numbers(memory, skipped_steps).items():
             state[p][name].copy_(x)
         if memory.rows is None:
-            state[p]["error"] = getattr(memory.window._rows, "error")
+            state[p]["error"] = memory.window._rows.error  # type: ignore[attr-defined]
 
 
 def is_published(memory: Memory, state: Any) -> bool:

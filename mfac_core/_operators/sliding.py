@@ -524,6 +524,11 @@ class SlidingInverseFisher(DampedInverse):
         array = array_namespace(like).zeros(shape, dtype=like.dtype, **_on(device(like)))
         return ArrayRing(array, self._reduce)
 
+    def _work_in(self, ring: Ring) -> None:
+        """Start in a ring of no gradients that was made elsewhere, of this window's sizes."""
+        self._given, self._given_dtype = Home(ring.xp, ring.device), ring.dtype
+        self._hold(ring)
+
     def _hold(self, ring: Ring) -> None:
         """Start with a ring of no gradients."""
         with uninterrupted():

@@ -24,12 +24,18 @@ def save(window: SlidingInverseFisher) -> dict[str, Any]:
         "slots": np.asarray(window._rows.slots, dtype=np.int64),
     }
     if window._allocated:
-        state |= window._rows.state()
-        state["exact"] = window._rows.exact
-        state["exact_steps"] = window._digits.exact_steps
-        state["checked"] = window._digits.checked
-        state |= window._dual.state()
+        state |= window._rows.state() | numbers(window)
     return state
+
+
+def numbers(window: SlidingInverseFisher) -> dict[str, Any]:
+    """Return copies of what is not d-sized, but for the slots."""
+    return {
+        "exact": window._rows.exact,
+        "exact_steps": window._digits.exact_steps,
+        "checked": window._digits.checked,
+        **window._dual.state(),
+    }
 
 
 def load(window: SlidingInverseFisher, state: Mapping[str, Any]) -> SlidingInverseFisher:
@@ -83,9 +89,23 @@ def _fill(window: SlidingInverseFisher, state: Mapping[str, Any]) -> None:
         )
         raise ValueError(msg)
     rows.restore(state)
+    restore(window, state, slots)
+
+
+def restore(window: SlidingInverseFisher, state: Mapping[str, Any], slots: list[int]) -> None:
+    """Take up :func:`numbers` that fit the rows in the window's ring."""
+    rows = window._rows
     rows.exact = bool(state["exact"]) or rows.always_exact
     rows.slots = slots
     window._rescale()
     window._dual.restore(state)
     window._digits.exact_steps = int(state["exact_steps"])
     window._digits.checked = bool(state["checked"])
+
+
+def recompute(window: SlidingInverseFisher, used: int, slots: list[int]) -> None:
+    """Let the first rows of the window's ring, however they came there, be those it holds."""
+    rows = window._rows
+    rows.used, rows.slots = used, slots
+    window._rescale()
+    window._dual.set_gram(rows.gram())

@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
-from mfac_core._arrays import array_namespace
 from mfac_core._operators.sliding import SlidingInverseFisher
-from mfac_core._operators.sparse import SparseSlidingInverseFisher
 from mfac_core._rows.base import Reduce
 from mfac_core._validate import NonFiniteError
 from mfac_core._warn import warn
+from mfac_core.torch import _scale_free, _state
+from mfac_core.torch._loading import Closed, closed
+from mfac_core.torch._memory import Flat, Memory
+from mfac_core.torch._sharding import local, local_gradient
 
 Tensor = Any
 
-RIDGE = 0.6
-"""mλ of the scale-free step, in which gradients have length 1: the best on trials of the tasks in
-examples/experiments/train_*.py, which prefer it little to a third or three times of it.
-"""
-
 _ATTRIBUTES = (
-    *("window", "window_size", "damping", "density", "window_dtype", "window_device", "reduce"),
-    *("skipped_steps", "_velocity"),
+    *("window_size", "density", "window_dtype", "window_device", "reduce", "skipped_steps"),
 )
-
-
-class _Flat:
-    """A vector with an element for each weight, and its parts in the parameters' shapes.
-
-    The parts are views made once: making them in each step takes as long as what is done to them.
-    """
-
-    def __init__(self, vector: Tensor, shapes: list[Any]) -> None:
-        self.vector, self.shapes = vector, shapes
-        self.sizes = [shape.numel() for shape in shapes]
-        pieces = vector.split(self.sizes)
-        self.parts = [x.view(shape) for x, shape in zip(pieces, shapes, strict=True)]
-
-    def __reduce__(self) -> tuple[Any, ...]:  # the copy's parts are views of the copy
-        return _Flat, (self.vector, self.shapes)
 
 
 class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
@@ -52,8 +32,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     Parameters
     ----------
     params : iterable
-        Parameters, or groups of them with an ``lr``, ``momentum``, ``weight_decay`` and
-        ``decoupled_weight_decay`` of their own. One window holds the gradients of all.
+        Parameters, named ones, or groups of them with an ``lr``, ``momentum``, ``nesterov``,
+        ``weight_decay``, ``decoupled_weight_decay`` and ``maximize`` of their own. One window holds
+        the gradients of all.
     lr : float or 0-d torch.Tensor, default 1e-2
         η, the learning rate. Without ``damping`` it is how far the weights move in a step: the
         root mean square over each parameter.
@@ -65,27 +46,30 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     momentum : float, default 0.0
         β in [0, 1): the step is −ηv with v ← βv + (1 − β) F⁻¹g, as in the authors' code. It
         averages what torch.optim.SGD sums; η is then larger by 1/(1 − β).
+    nesterov : bool, default False
+        Step along βv + (1 − β) F⁻¹g, with the new v, instead.
     weight_decay : float, default 0.0
         ω: a step also subtracts ηω times the weights.
     decoupled_weight_decay : bool, default True
         With False ω times the weights is added to the gradient instead, before it enters the
         window, as in the authors' code.
+    maximize : bool, default False
+        Take −g for the gradient, to ascend.
     density : float, optional
         Share of each gradient that the window keeps, by
         :class:`~mfac_core.SparseSlidingInverseFisher`: at 0.01 about a fiftieth of the memory.
         F is then that of what is kept, g still the whole gradient. By default all is kept.
     window_dtype, window_device : optional
-        Of the window; by default the dtype the parameters promote to, and the first one's device.
+        Of the window; by default the dtype the parameters promote to, or that of a state that is
+        loaded, and the first one's device.
     reduce : callable, optional
-        Where every rank holds other parameters: sums a small float64 NumPy array over ranks, see
-        Notes.
+        Where every rank holds other parameters and these do not say so: sums a small float64 NumPy
+        array over ranks, see Notes.
 
     Attributes
     ----------
-    window_size, damping, density, window_dtype, window_device, reduce : optional
+    window_size, density, window_dtype, window_device, reduce : optional
         As given.
-    window : SlidingInverseFisher or None
-        The gradients and their inverse Fisher; None before the first step.
     skipped_steps : int
         Steps not taken because the gradient held a NaN or an infinity. Nothing changes in one; the
         first raises a ``RuntimeWarning``.
@@ -93,7 +77,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     Raises
     ------
     ValueError
-        If an argument is out of its range, or a group is added after the first step.
+        If an argument is out of its range.
 
     Notes
     -----
@@ -106,19 +90,42 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     gradients, let a scheduler take η to zero.
     ``MFAC(params, lr=1e-2, window_size=64, momentum=0.9)`` is where to start.
 
+    **Noise is not amplified.** A gradient of zeros changes nothing: neither weights nor momentum
+    nor window. In the scale-free step, let r be the root mean square of a parameter's gradient
+    beside that of the whole gradient. Where r is below ``FAINT`` = 2⁻¹², so that float32 would
+    round the parameter's mean square off beside the whole's, its part of the step has the size
+    r/2⁻¹² instead of 1: a closed gate, or a bias before a normalisation, whose gradient is nothing
+    but rounding, does not walk. A parameter whose gradient is zero, as that of a branch the batch
+    did not use, is one without a gradient. Lengths are taken in float64: gradients may have any
+    that float32 has.
+
     **Parameters without a gradient** keep their values and their momentum, and count as zeros in
     the window. So do weights whose gradients a mask has zeroed since the start: F⁻¹g is exactly
-    zero there, and a pruned network stays pruned.
+    zero there, and a pruned network stays pruned. What does not require a gradient takes no memory
+    until it has one; parameters that come later, by :meth:`add_param_group` or by unfreezing, have
+    zeros in the window's past.
+
+    **State** is where torch looks for it. ``state[p]`` has the parameter's rows of the window as
+    "window", of shape (m, ...), a view of the one flat window; its "velocity"; and the number of
+    gradients so far, "step". The first parameter's also has what is m-sized: the Gram GGᵀ and the
+    inverse of the dual, and their counters. What copies, moves, shards or saves a state so finds
+    all of it; without the m-sized part the Gram is computed anew, in d·m². A run that is resumed
+    equals the uninterrupted one bit for bit. A state is by reference, as in all of torch; what is
+    loaded is copied, in the state's own dtype and not the parameters', unless ``window_dtype`` was
+    given.
 
     **Number formats.** The step is computed in at least float32, also for 16-bit parameters and
-    windows, and the m × m work in float64. A state keeps the formats; it is not cast to the
-    parameters' when loaded. A run that is resumed equals the uninterrupted one bit for bit.
+    windows, and the m × m work in float64.
 
     **Several devices, several ranks.** Gradients are gathered on the window's device, steps sent
-    back. Under data parallelism every rank holds the averaged gradient already: leave ``reduce``
-    out, and all ranks take the same step. Give it where each rank holds some of the parameters, as
-    under ``torch.distributed.optim.ZeroRedundancyOptimizer``: the window is then split over
-    ranks, and only sums of m numbers travel.
+    back. Under data parallelism every rank holds the averaged gradient already, and all ranks take
+    the same step. Of DTensors (``fully_shard``, tensor parallelism) each rank's window holds what
+    the rank has of them; sums of 3P + m + 1 numbers, P parameters, travel over their mesh, and the
+    state is of DTensors. Under ``FullyShardedDataParallel`` the sums are over the default group,
+    unless ``reduce`` is given. Give ``reduce`` where parameters are spread over ranks and do not
+    say so, as under ``torch.distributed.optim.ZeroRedundancyOptimizer``.
+
+    **Compiling.** ``step`` stays out of the graphs of ``torch.compile``.
 
     **Cost.** That of the window, O(dm + m²), and a few passes over d elements.
 
@@ -138,10 +145,11 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     ...     optimizer.step()
     >>> len(optimizer.window)
     5
+    >>> optimizer.state[model.weight]["window"].shape
+    torch.Size([16, 1, 3])
     """
 
-    _work: _Flat | None = None
-    """The gradient, then the direction of a step: memory kept, and holding nothing between them."""
+    _memory: Memory | None = None
 
     def __init__(
         self,
@@ -151,8 +159,10 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         window_size: int,
         damping: float | None = None,
         momentum: float = 0.0,
+        nesterov: bool = False,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        maximize: bool = False,
         density: float | None = None,
         window_dtype: Any = None,
         window_device: Any = None,
@@ -170,22 +180,25 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         ):
             if not valid:
                 raise ValueError(f"Invalid {name}: {value}")
-        self.window: SlidingInverseFisher | None = None
-        self.window_size, self.damping, self.density = window_size, damping, density
+        if nesterov and not momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        self.window_size, self.density = window_size, density
         self.window_dtype, self.window_device = window_dtype, window_device
         self.reduce = reduce
         self.skipped_steps = 0
-        self._velocity: _Flat | None = None
         defaults = {
             "lr": lr,
+            "damping": damping,
             "momentum": momentum,
+            "nesterov": nesterov,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; only before the first step.
+        """Add a group of parameters; their gradients count as zeros in the steps so far.
 
         Parameters
         ----------
@@ -195,19 +208,53 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If the window has been made: its gradients have no elements for more parameters.
+            If a parameter that requires a gradient is not real floating, if the group asks for
+            another ``damping`` than the others, or if the window is sparse and has been made: its
+            rows are compressed together.
         """
-        if self.window is not None:
+        if self.density is not None and self.state:
             raise ValueError(
-                "cannot add a parameter group after the first step, when the window holds "
-                "gradients of the parameters so far; add it before, or make a new optimizer"
+                "cannot add a parameter group after the first step where the window is sparse; "
+                "add it before, or make a new optimizer"
             )
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
-                self.param_groups.pop()
-                raise ValueError(f"MFAC needs real floating parameters, got dtype {p.dtype}")
+        group = self.param_groups[-1]
+        bad = {
+            p.dtype
+            for p in group["params"]
+            if p.is_complex() or (p.requires_grad and not p.is_floating_point())
+        }
+        if bad:
+            self.param_groups.pop()
+            raise ValueError(f"MFAC needs real floating parameters, got dtype {bad.pop()}")
+        if group["damping"] != self.damping:
+            self.param_groups.pop()
+            raise ValueError(
+                f"all groups share one window and its damping, {self.damping}, got "
+                f"{group['damping']}; leave it out of the group"
+            )
 
+    @property
+    def damping(self) -> float | None:
+        """λ, or None for the scale-free step; kept in the parameter groups, as ``lr`` is."""
+        damping: float | None = self.param_groups[0]["damping"]
+        return damping
+
+    @damping.setter
+    def damping(self, value: float | None) -> None:
+        for group in self.param_groups:
+            group["damping"] = value
+
+    @property
+    def window(self) -> SlidingInverseFisher | None:
+        """The gradients and their inverse Fisher; None before the first step."""
+        return self._arranged().window if self.state else None
+
+    @property
+    def _velocity(self) -> Flat | None:
+        return self._arranged().velocity if self.state else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters by one step.
 
@@ -224,7 +271,12 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         Raises
         ------
         RuntimeError
-            If a gradient is sparse.
+            If a gradient is sparse, or complex.
+
+        Warns
+        -----
+        RuntimeWarning
+            At the first step that is skipped because the gradient is not finite.
         """
         loss = None
         if closure is not None:
@@ -236,134 +288,160 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         return loss
 
     def _step(self) -> None:
-        if self.window is None:
-            self.window = self._new_window()
-        if self._work is None:
-            self._work = self._zeros(self.window)
-        self._gather(self._work)
-        try:
-            if self.damping is None:
-                self._scale_free(self.window, self._work)
-            else:
-                self._precondition(self.window, self._work)
-        except NonFiniteError:
-            if self.skipped_steps == 0:
-                message = (
-                    "MFAC skipped a step: the gradient holds a NaN or an infinity; further ones "
-                    "are counted in skipped_steps, without a warning"
-                )
-                warn(message, RuntimeWarning)
-            self.skipped_steps += 1
+        memory = self._arranged()
+        given = self._gather(memory)
+        squares, total = memory.squares()
+        if not float(total):
             return
-        self._move(self._work)
+        if self._decay_gradients(memory, given):
+            squares, total = memory.squares()
+        try:
+            if not math.isfinite(total):
+                raise NonFiniteError
+            if memory.scale_free:
+                _scale_free.normalise(memory.work.vector, math.sqrt(total))
+                self._precondition(memory)
+                prominence = _scale_free.prominence(memory, squares, float(total))
+                _scale_free.bring_to_size(memory, prominence)
+                given = _without(given, [i for i, x in enumerate(prominence.tolist()) if not x])
+            else:
+                self._precondition(memory)
+        except NonFiniteError:
+            self._skip()
+            return
+        memory.step.add_(1)
+        self._move(memory, given)
 
     def _parameters(self) -> list[Any]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _dtype(self) -> Any:
-        """Return the dtype that the parameters promote to."""
-        return functools.reduce(torch.promote_types, (p.dtype for p in self._parameters()))
+    # -- a step ----------------------------------------------------------------------------
 
-    def _new_window(self) -> SlidingInverseFisher:
-        """Make a window for the parameters as they are."""
-        parameters = self._parameters()
-        num_params = sum(p.numel() for p in parameters)
-        options: dict[str, Any] = {
-            "dtype": self.window_dtype or self._dtype(),
-            "xp": array_namespace(parameters[0]),
-            "device": torch.device(self.window_device or parameters[0].device),
-            "reduce": self.reduce,
-        }
-        if self.damping is not None:
-            options["damping"] = self.damping
-        else:  # the divisor changes only F's scale, and one that grew would cost O(m³) a step
-            options |= {"damping": RIDGE / self.window_size, "normalization": "window"}
-        if self.density is None:
-            return SlidingInverseFisher(num_params, self.window_size, **options)
-        options["density"] = self.density
-        return SparseSlidingInverseFisher(num_params, self.window_size, **options)
-
-    def _zeros(self, window: SlidingInverseFisher) -> _Flat:
-        """Return zeros beside the window, in at least float32."""
-        dtype = torch.promote_types(self._dtype(), torch.float32)
-        zeros = torch.zeros(window.num_params, dtype=dtype, device=window.device)
-        return _Flat(zeros, [p.shape for p in self._parameters()])
-
-    def _given(self) -> Iterator[tuple[dict[str, Any], list[Any], list[int]]]:
-        """Yield each group, its parameters that have a gradient, and their numbers among all."""
-        start = 0
+    def _gather(self, memory: Memory) -> list[tuple[dict[str, Any], list[Any], list[int]]]:
+        """Gather the gradients; return each group, its parameters with one, and their numbers."""
+        if any(p.grad is None for p in memory.params):
+            memory.work.vector.zero_()
+        given = []
         for group in self.param_groups:
-            numbered = enumerate(group["params"], start)
-            given = [(p, i) for i, p in numbered if p.grad is not None]
-            start += len(group["params"])
-            if given:
-                yield group, [p for p, _ in given], [i for _, i in given]
-
-    def _gather(self, work: _Flat) -> None:
-        """Gather the gradients in one vector."""
-        if any(p.grad is None for p in self._parameters()):
-            work.vector.zero_()
-        for group, parameters, numbers in self._given():
-            gradients = [p.grad for p in parameters]
-            if any(g.layout is not torch.strided for g in gradients):
-                raise RuntimeError("MFAC does not support sparse gradients")
-            parts = [work.parts[i] for i in numbers]
+            parameters = [p for p in group["params"] if p.grad is not None]
+            numbers = [memory.numbers[p] for p in parameters]
+            if parameters:
+                given.append((group, parameters, numbers))
+        for group, parameters, numbers in given:
+            gradients = [local_gradient(p) for p in parameters]
+            for g in gradients:
+                if g.layout is not torch.strided or g.is_complex():
+                    kind = "complex" if g.is_complex() else "sparse"
+                    raise RuntimeError(f"MFAC does not support {kind} gradients")
+            parts = [memory.work.parts[i] for i in numbers]
             torch._foreach_copy_(parts, gradients)
+            if group["maximize"]:
+                torch._foreach_neg_(parts)
+        return given
+
+    def _decay_gradients(self, memory: Memory, given: Any) -> bool:
+        """Add the weight decay that is part of the gradient; whether there is any."""
+        decayed = False
+        for group, parameters, numbers in given:
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                weights = [p.to(work.vector.device) for p in parameters]
+                parts = [memory.work.parts[i] for i in numbers]
+                weights = [local(p).to(memory.window.device) for p in parameters]
                 torch._foreach_add_(parts, weights, alpha=group["weight_decay"])
+                decayed = True
+        return decayed
 
-    def _precondition(self, window: SlidingInverseFisher, work: _Flat) -> None:
+    def _precondition(self, memory: Memory) -> None:
         """Put the gradient g into the window, and F⁻¹g in its place."""
+        window, vector = memory.window, memory.work.vector
+        damping = self.damping
+        if damping is not None and window.damping != damping:
+            window.damping = damping
         if self.density is None:
-            work.vector.copy_(window.append_matvec(work.vector))
+            vector.copy_(window.append_matvec(vector))
         else:  # append_matvec is F⁻¹ of what the window keeps of g: most of g would wait
-            window.append(work.vector)
-            work.vector.copy_(window.matvec(work.vector))
+            window.append(vector)
+            vector.copy_(window.matvec(vector))
 
-    def _scale_free(self, window: SlidingInverseFisher, work: _Flat) -> None:
-        """Put F⁻¹g in g's place: gradients of length 1, each parameter's part of mean square 1.
+    def _skip(self) -> None:
+        if self.skipped_steps == 0:
+            message = (
+                "MFAC skipped a step: the gradient holds a NaN or an infinity, or leaves the "
+                "window's dtype; further ones are counted in skipped_steps, without a warning"
+            )
+            warn(message, RuntimeWarning)
+        self.skipped_steps += 1
 
-        Elements that are zero do not count: no gradient in the window reaches them.
-        """
-        g = work.vector
-        tiny = torch.finfo(g.dtype).tiny
-        length = torch.linalg.vector_norm(g)
-        if self.reduce is not None:
-            length = g.new_tensor(self.reduce(np.array([float(length) ** 2]))[0] ** 0.5)
-        g.div_(length.clamp_min(tiny))
-        self._precondition(window, work)
-        lengths = torch.stack(torch._foreach_norm(work.parts))
-        if g.is_cpu and int(torch.count_nonzero(g)) == len(g):
-            counts = lengths.new_tensor(work.sizes)  # one look is cheap; a device would wait
-        else:
-            counts = torch.stack([torch.count_nonzero(part) for part in work.parts]).to(g.dtype)
-        scales = counts.sqrt() / lengths.clamp_min(tiny)
-        torch._foreach_mul_(work.parts, scales.unbind())
-
-    def _move(self, work: _Flat) -> None:
+    def _move(self, memory: Memory, given: Any) -> None:
         """Take a step along the direction, or along its running mean."""
-        for group, parameters, numbers in self._given():
-            parts = [work.parts[i] for i in numbers]
+        device = memory.work.vector.device
+        for group, parameters, numbers in given:
+            parts = [memory.work.parts[i] for i in numbers]
             if momentum := group["momentum"]:
-                if self._velocity is None:
-                    self._velocity = _Flat(torch.zeros_like(work.vector), work.shapes)
-                directions, parts = parts, [self._velocity.parts[i] for i in numbers]
+                if memory.velocity is None:
+                    memory.velocity = memory.vector(memory.work.vector.dtype)
+                    _state.publish_velocity(memory, self.state)
+                directions, parts = parts, [memory.velocity.parts[i] for i in numbers]
                 torch._foreach_lerp_(parts, directions, 1.0 - momentum)
+                if group["nesterov"]:
+                    torch._foreach_lerp_(directions, parts, momentum)
+                    parts = directions
             lr = float(group["lr"])
+            weights = [local(p) for p in parameters]
             if group["weight_decay"] and group["decoupled_weight_decay"]:
-                torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
-            device = work.vector.device
+                torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
             steps = [
                 x if p.device == device else x.to(p.device)
-                for p, x in zip(parameters, parts, strict=True)
+                for p, x in zip(weights, parts, strict=True)
             ]
-            torch._foreach_add_(parameters, steps, alpha=-lr)
+            torch._foreach_add_(weights, steps, alpha=-lr)
 
-    # -- state -----------------------------------------------------------------------------
+    # -- memory and state ------------------------------------------------------------------
+
+    def _arranged(self) -> Memory:
+        """Return the memory that the state is a view of, made anew where it is not."""
+        params = [
+            p
+            for p in dict.fromkeys(self._parameters())
+            if p.requires_grad or p.grad is not None or "step" in self.state.get(p, ())
+        ]
+        old = self._memory
+        if old is not None and _state.is_published(old, self.state):
+            same = len(params) == len(old.params) and all(map(operator.is_, params, old.params))
+            if same and old.scale_free == (self.damping is None):
+                return old
+            _state.refresh(old, self.state, self.skipped_steps)
+        states = {p: self.state[p] for p in params if "step" in self.state.get(p, ())}
+        self._memory = None
+        memory = self._new_memory(params, states)
+        skipped = _state.fill(memory, states)
+        if skipped is not None:
+            self.skipped_steps = skipped
+        if memory.velocity is None and any(group["momentum"] for group in self.param_groups):
+            memory.velocity = memory.vector(memory.work.vector.dtype)
+        _state.publish(memory, self.state)
+        _state.refresh(memory, self.state, self.skipped_steps)
+        self._memory = memory
+        return memory
+
+    def _new_memory(self, params: list[Any], states: dict[Any, Any]) -> Memory:
+        dtypes = [p.dtype for p in params] or [torch.float32]
+        promoted = functools.reduce(torch.promote_types, dtypes)
+        saved = next(filter(None, map(_state.dtype_of, states.values())), None)
+        device = local(params[0]).device if params else torch.device("cpu")
+        return Memory(
+            params,
+            window_size=self.window_size,
+            damping=self.damping,
+            density=self.density,
+            dtype=self.window_dtype or saved or promoted,
+            device=torch.device(self.window_device or device),
+            wide=torch.promote_types(promoted, torch.float32),
+            ridge=_scale_free.RIDGE,
+            reduce=self.reduce,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: torch's entries, and under ``"mfac"`` the whole window.
+        """Return the state, as any optimizer of torch does: by reference.
 
         Returns
         -------
@@ -371,48 +449,69 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
             Of tensors, numbers and strings: it goes through ``torch.save`` and
             ``torch.load(..., weights_only=True)``.
         """
+        if self._memory is not None and _state.is_published(self._memory, self.state):
+            _state.refresh(self._memory, self.state, self.skipped_steps)
         state: dict[str, Any] = super().state_dict()
-        window = None
-        if self.window is not None:
-            window = {
-                name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
-                for name, x in self.window.state_dict().items()
-            }
-        state["mfac"] = {
-            "window": window,
-            "velocity": None if self._velocity is None else self._velocity.vector,
-            "damping": self.damping,
-            "skipped_steps": self.skipped_steps,
-        }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state, of an optimizer for the same parameters and window size.
+        """Take up a copy of a state, of an optimizer for the same parameters and window size.
 
         Parameters
         ----------
         state_dict : dict
-            What :meth:`state_dict` returned. Damping, learning rates and the other options of the
-            groups are taken from it.
+            What :meth:`state_dict` returned, of this version or of 0.1.0. The options of the
+            groups, ``damping`` among them, are taken from it. Parameters are matched by their
+            order, and by name where both sides have names.
 
         Raises
         ------
         ValueError
             If it is not the state of such an optimizer. Nothing has then changed.
         """
-        if "mfac" not in state_dict:
-            raise ValueError("loaded state dict is not of MFAC: it has no entry 'mfac'")
-        own, window, velocity = state_dict["mfac"], None, None
-        if own["window"] is not None:
-            window = self._new_window()
-            window.load_state_dict(own["window"])
-            if own["velocity"] is not None:
-                velocity = self._zeros(window)
-                velocity.vector.copy_(own["velocity"])
-        super().load_state_dict(state_dict)
-        self.window, self._velocity, self._work = window, velocity, None
-        self.damping, self.skipped_steps = own["damping"], own["skipped_steps"]
+
+        def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            return closed(
+                given,
+                self.param_groups,
+                window_size=self.window_size,
+                density=self.density,
+                dtype=self.window_dtype,
+            )
+
+        handle = self.register_load_state_dict_pre_hook(check)  # after those of the user
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:  # torch's own leaves out what is not its
+        if self._memory is not None and _state.is_published(self._memory, self.state):
+            _state.refresh(self._memory, self.state, self.skipped_steps)
         state: dict[str, Any] = super().__getstate__()
         return state | {name: getattr(self, name) for name in _ATTRIBUTES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._memory = None
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        loaded = {p: x for p, x in self.state.items() if isinstance(x, Closed)}
+        for p, x in loaded.items():
+            self.state[p] = x.entry
+        if loaded:
+            with torch.no_grad():
+                self._arranged()
+
+
+def _without(given: Any, still: list[int]) -> Any:
+    """Return the groups without the parameters of these numbers."""
+    if not still:
+        return given
+    kept = []
+    for group, parameters, numbers in given:
+        pairs = [(p, i) for p, i in zip(parameters, numbers, strict=True) if i not in still]
+        if pairs:
+            kept.append((group, [p for p, _ in pairs], [i for _, i in pairs]))
+    return kept

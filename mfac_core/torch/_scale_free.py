@@ -1,0 +1,55 @@
+"""The scale-free step: gradients of length 1 in, steps of one size out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from mfac_core.torch._memory import Memory
+
+Tensor = Any
+
+RIDGE = 0.6
+"""mλ of the scale-free step, in which gradients have length 1: the best on trials of the tasks in
+examples/experiments/train_*.py, which prefer it little to a third or three times of it.
+"""
+
+FAINT = 2.0**-12
+"""Root mean square of a parameter's gradient, beside that of the whole, below which it is noise.
+
+Its mean square is then below 2⁻²⁴ of the whole's, which is where float32 rounds it off: a gradient
+that in exact arithmetic is zero, such as that of a bias before a normalisation, is of this size.
+"""
+
+LARGEST_EXPONENT = 100
+"""Of a length that numbers in float32 can be divided by without leaving it."""
+
+
+def normalise(g: Tensor, length: float) -> None:
+    """Divide g by its length, also where that or its inverse is outside of float32."""
+    exponent = math.frexp(length)[1]
+    if abs(exponent) > LARGEST_EXPONENT:
+        half = 2.0 ** (-exponent // 2)
+        g.mul_(half)
+        length *= half
+    g.div_(length)
+
+
+def prominence(memory: Memory, squares: Tensor, total: float) -> Tensor:
+    """Return min(1, r/FAINT) for each parameter, r its gradient's rms beside the whole's."""
+    sizes = squares.new_tensor(memory.sizes).clamp_min(1.0)
+    ratios = (squares / sizes * (memory.size / total)).sqrt()
+    return (ratios / FAINT).clamp_max(1.0)
+
+
+def bring_to_size(memory: Memory, sizes: Tensor) -> None:
+    """Scale each parameter's part of the direction to a root mean square, over what is not zero."""
+    if not memory.params:
+        return
+    squares, counts = memory.squares_and_counts()
+    scales = torch.where(squares > 0.0, (counts / squares).sqrt() * sizes, 0.0)
+    dtype = memory.work.vector.dtype
+    scales = scales.clamp_max(torch.finfo(dtype).max).to(dtype)
+    torch._foreach_mul_(memory.work.parts, scales.unbind())

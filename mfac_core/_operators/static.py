@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, is_traced, promote, send
+from mfac_core._arrays import Array, array_namespace, is_traced, promote, send, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._jax import traced
 from mfac_core._operators import digits
@@ -184,7 +184,8 @@ class InverseFisher(DampedInverse):
         return self._dual.matrix()
 
     def _store_whitened(self) -> None:
-        self._stored_diagonal = super()._diagonal()  # makes the Gram as exact as it has to be
+        # This makes the Gram as exact as it has to be.
+        self._stored_diagonal = to_numpy(super()._diagonal())
         like = self._like()
         dtype = promote(like, array_namespace(like).float32)
         blocks = []

@@ -9,8 +9,7 @@ import torch
 from cuda_on_cpu import Module, host_array, host_view
 
 from mfac_core._arrays import Home, is_cupy_array, is_torch_array
-from mfac_core._operators import primal
-from mfac_core._ops import rows
+from mfac_core._ops import blocks, rows
 from mfac_core._ops.cuda import machine as cuda_machine
 from mfac_core._rows import base
 
@@ -120,7 +119,7 @@ def torch_machine(monkeypatch):
 
     machine = HostMachine("check")
     monkeypatch.setattr(cuda_machine, "current", machine)
-    for module in (primal, base, rows):
+    for module in (base, rows, blocks):
         monkeypatch.setattr(module, "home_of", lambda x: Home(namespace, torch.device("cpu")))
     return machine
 

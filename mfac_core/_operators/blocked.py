@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, device, to_numpy
 from mfac_core._operators.base import Indices, SymmetricOperator
-from mfac_core._operators.primal import invert_blocks
+from mfac_core._operators.dual_blocks import dual_blocks
+from mfac_core._operators.primal import inverse_primal
 from mfac_core._operators.static import InverseFisher
+from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.plan import batches
 from mfac_core._rows.storage import rows_of
 
 
@@ -210,22 +213,44 @@ class BlockInverseFisher(BlockDiagonal):
         self.damping = check.damping(damping)
         rows = rows_of(gradients, progress=progress)
         self.block_sizes = check.block_sizes(block_size, rows.shape[1])
-        stretches: list[SymmetricOperator] = []
-        start = 0
-        for size, group in groupby(self.block_sizes):
-            blocks = len(list(group))
-            stretches += _invert(rows, start, size, blocks, self.damping)
-            start += size * blocks
-        super().__init__(stretches, reduce)
+        super().__init__(list(_inverses(rows, self.block_sizes, self.damping)), reduce)
 
 
-def _invert(
-    rows: Rows, start: int, size: int, blocks: int, damping: float
-) -> list[SymmetricOperator]:
-    """Return the inverse of consecutive blocks of one size, as one operator or one each."""
-    if size < rows.shape[0]:
-        return [invert_blocks(rows, start, size, blocks, damping)]
-    return [
-        InverseFisher._of_rows(rows.stretch(begin, begin + size), damping)
-        for begin in range(start, start + size * blocks, size)
-    ]
+WIDE_BYTES = 1 << 24
+"""Size of a block's gradients in float64 from which on it is worked through by itself."""
+
+
+def kinds(sizes: Sequence[int], m: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield consecutive blocks that are treated alike, and how: "primal", "dual" or "wide".
+
+    A block of B weights is cheaper as a matrix of its own up to about B = 2m: to multiply by its
+    B² numbers takes as long as by its 2·B·m and m².
+    """
+
+    def kind(size: int) -> str:
+        if size <= 2 * m and (len(sizes) > 1 or size < m):
+            return "primal"
+        return "wide" if len(sizes) == 1 or 8 * size * m > WIDE_BYTES else "dual"
+
+    for name, group in groupby(sizes, kind):
+        yield name, list(group)
+
+
+def _inverses(rows: Rows, sizes: Sequence[int], damping: float) -> Iterator[SymmetricOperator]:
+    """Yield the inverses of consecutive blocks, many or one at a time."""
+    start, m = 0, rows.shape[0]
+    limit = ops.batch_bytes(ops.home(rows.like))
+    for kind, some in kinds(sizes, m):
+        stop = start + sum(some)
+        here = rows if stop - start == rows.shape[1] else rows.stretch(start, stop)
+        plan = batches(some, m, limit)
+        if kind == "primal":
+            yield inverse_primal(here, plan, damping)
+        elif kind == "dual":
+            yield dual_blocks(here, plan, damping, -1.0)
+        else:
+            stops = np.cumsum(some)
+            for size, end in zip(some, stops, strict=True):
+                one = here if len(some) == 1 else here.stretch(int(end) - size, int(end))
+                yield InverseFisher._of_rows(one, damping)
+        start = stop

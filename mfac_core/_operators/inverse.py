@@ -185,15 +185,16 @@ class DampedInverse(LowRankOperator):
 
     def _diagonal(self) -> Array:
         def formula() -> Difference:
-            parts, smallest = [np.zeros(0)], 1.0
+            here = self._rows.home
+            parts, smallest = [here.zeros(0)], 1.0
             for home, block in self._rows.wide_blocks():
                 whitened = self._dual.whiten(block, home)
                 values, rest = dense.clamped_diagonal(
                     home, whitened, block, self._damping, self._divisor
                 )
                 smallest = min(smallest, float(home.xp.min(rest)))
-                parts.append(to_numpy(values))
-            return Difference(np.concatenate(parts), left=smallest, whole=1.0, noise=0.0)
+                parts.append(here.receive(values))
+            return Difference(here.xp.concat(parts), left=smallest, whole=1.0, noise=0.0)
 
         smallest = self._digits.smallest_element()
         return self._digits.difference("The diagonal of F⁻¹", smallest, formula)

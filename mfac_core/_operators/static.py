@@ -235,7 +235,8 @@ class InverseFisher(DampedInverse):
         return self._dual.matrix()
 
     def _store_whitened(self) -> None:
-        self._stored_diagonal = super()._diagonal()  # makes the Gram as exact as it has to be
+        # This makes the Gram as exact as it has to be.
+        self._stored_diagonal = to_numpy(super()._diagonal())
         like = self._like()
         dtype = promote(like, array_namespace(like).float32)
         blocks = []

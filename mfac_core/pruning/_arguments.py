@@ -1,4 +1,4 @@
-"""Vectors and masks as NumPy arrays of their own."""
+"""Vectors and masks, checked; where they are."""
 
 from __future__ import annotations
 
@@ -7,29 +7,34 @@ from typing import Any
 import numpy as np
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, to_numpy
+from mfac_core._arrays import Array, Home, array_namespace, is_array_api_obj, to_numpy
 from mfac_core._rows.base import Rows
-from mfac_core.pruning._kept import Mask, Vector
+from mfac_core.pruning._kept import Mask
 
 
-def vector_argument(x: Array, name: str, rows: Rows) -> Vector:
-    """Check a finite vector beside the gradients, and return it in float64."""
+def vector_argument(x: Array, name: str, rows: Rows) -> Array:
+    """Check a finite vector beside the gradients."""
     x = check.vector_argument(x, name, rows.shape[1])
     check.beside(x, name, rows.like)
-    wide = to_numpy(x).astype(np.float64)
-    if not np.isfinite(wide).all():
-        msg = f"{name} must be finite, got {int((~np.isfinite(wide)).sum())} NaN or infinities"
+    xp = array_namespace(x)
+    finite = xp.isfinite(x)
+    if not bool(xp.all(finite)):
+        wrong = int(xp.sum(xp.astype(~finite, xp.int32)))
+        msg = f"{name} must be finite, got {wrong} NaN or infinities"
         raise ValueError(msg)
-    return wide
+    return x
 
 
-def mask_argument(mask: Any, d: int) -> Mask:
-    """Check a mask of any library, and return a copy."""
-    kept = np.asarray(mask) if isinstance(mask, (list, tuple)) else to_numpy(mask)
-    if kept.dtype != np.bool_ or kept.shape != (d,):
+def mask_argument(mask: Any, d: int, home: Home) -> Mask:
+    """Check a mask of any library, and return a copy in the home of blocks."""
+    kept = mask if is_array_api_obj(mask) else np.asarray(mask)
+    boolean = str(kept.dtype).rsplit(".", 1)[-1] == "bool"
+    if not boolean or tuple(kept.shape) != (d,):
         msg = (
             f"mask must be boolean of shape ({d},), True where a weight is kept, "
-            f"got dtype {kept.dtype} and shape {kept.shape}"
+            f"got dtype {kept.dtype} and shape {tuple(kept.shape)}"
         )
         raise ValueError(msg)
-    return np.array(kept)
+    if array_namespace(kept) is home.xp:
+        return home.xp.asarray(kept, copy=True, device=home.device)
+    return home.xp.asarray(np.array(to_numpy(kept)), device=home.device)

@@ -2,40 +2,84 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from mfac_core import _validate as check
+from mfac_core._rows.base import Reduce
 from mfac_core.pruning._kept import Mask
-from mfac_core.pruning._patterns import AdjacentWeights, Groups
+from mfac_core.pruning._layers import Layer
+from mfac_core.pruning._patterns import AdjacentWeights, Budget, Pattern
 
 
-def weights_to_stay(
-    sparsity: Any, layers: Sequence[int] | None, groups: Groups, kept: Mask
-) -> list[tuple[slice, int]]:
-    """Return how many weights are to be left, of all or of each layer."""
-    d = len(kept)
-    if sparsity is None:
-        if not isinstance(groups, AdjacentWeights):
-            msg = "sparsity must be given, unless pattern is 'N:M'"
+def budgets(
+    sparsity: Any,
+    layers: list[Layer],
+    pattern: Pattern,
+    kept: Mask,
+    *,
+    scope: str,
+    floor: float,
+    reduce: Reduce | None,
+) -> list[Budget]:
+    """Return how many weights are to be left, of all or of each layer.
+
+    Several layers, and a ``scope`` of "layer", have a budget each: of this rank alone.
+    """
+    if sparsity is None and not isinstance(pattern, AdjacentWeights):
+        msg = "sparsity must be given, unless pattern is 'N:M'"
+        raise ValueError(msg)
+    shares = None if sparsity is None else _shares(sparsity)
+    alone = len(layers) == 1 and layers[0].shape is None  # none were named
+    least_of = [0 if alone else _floor(layer, floor, pattern, kept) for layer in layers]
+    if scope == "layer":
+        given = shares if isinstance(shares, list) else [shares] * len(layers)
+        if len(given) != len(layers):
+            msg = f"sparsity must be one number or one for each of {len(layers)} layers"
             raise ValueError(msg)
-        return [(slice(0, d), groups.fewest(kept, slice(0, d)))]
-    shares = _shares(sparsity)
-    lengths = [d] if layers is None else [check.integer(n, "layers", minimum=1) for n in layers]
-    if sum(lengths) != d:
-        msg = f"layers must sum to the number of weights {d}, got {sum(lengths)}"
+        return [
+            _of_layer(i, layer, share, least, pattern, kept, isinstance(shares, list))
+            for i, (layer, share, least) in enumerate(zip(layers, given, least_of, strict=True))
+        ]
+    if isinstance(shares, list):
+        msg = "sparsity must be one number, for all layers together, or scope 'layer'"
         raise ValueError(msg)
-    if not isinstance(shares, list):
-        shares, lengths = [shares], [d]
-    if len(shares) != len(lengths):
-        msg = f"sparsity must be one number or one for each of {len(lengths)} layers"
-        raise ValueError(msg)
-    stops = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    parts = [slice(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
-    groups.check_layers(parts)
-    return [
-        (part, _stay(share, part, groups, kept)) for part, share in zip(parts, shares, strict=True)
-    ]
+    whole = slice(0, layers[-1].part.stop)
+    fewest = [pattern.fewest(kept, layer) for layer in layers]
+    least = sum(max(a, b) for a, b in zip(fewest, least_of, strict=True))
+    numbers = np.array([whole.stop, pattern.count(kept), sum(fewest), least], np.float64)
+    size, now, least_pattern, least = (int(n) for n in (reduce(numbers) if reduce else numbers))
+    several = [(layer.part, n) for layer, n in zip(layers, least_of, strict=True) if n]
+    stay = least_pattern if shares is None else _stay(shares, size, now, least, pattern, "")
+    return [Budget(whole, stay, several)]
+
+
+def _of_layer(
+    i: int,
+    layer: Layer,
+    share: float | None,
+    least: int,
+    pattern: Pattern,
+    kept: Mask,
+    own: bool,
+) -> Budget:
+    """Return the budget of one layer."""
+    now, fewest = pattern.count(kept[layer.part]), pattern.fewest(kept, layer)
+    if layer.is_vector and (not own or not share):
+        return Budget(layer.part, now, [])
+    stay = fewest
+    if share is not None:
+        of = f" of layers[{i}]" if own or layer.shape is not None else ""
+        stay = _stay(share, layer.size, now, fewest, pattern, of)
+    return Budget(layer.part, max(stay, min(least, now)), [])
+
+
+def _floor(layer: Layer, share: float, pattern: Pattern, kept: Mask) -> int:
+    """Return how many weights a layer keeps at least: one, unless it has none."""
+    return min(max(math.ceil(share * layer.size), 1), pattern.count(kept[layer.part]))
 
 
 def _shares(sparsity: Any) -> float | list[float]:
@@ -49,21 +93,18 @@ def _shares(sparsity: Any) -> float | list[float]:
     return shares if many else shares[0]
 
 
-def _stay(share: float, part: slice, groups: Groups, kept: Mask) -> int:
-    size: int = part.stop - part.start
+def _stay(share: float, size: int, now: int, fewest: int, pattern: Pattern, of: str) -> int:
     stay = size - round(share * size)
-    now = int(kept[part].sum())
-    if stay - now >= groups.largest:  # a mask of whole groups may be ahead by a part of one
+    if stay - now >= pattern.largest:  # a mask of whole groups may be ahead by a part of one
         msg = (
-            f"sparsity {share} must not be below what mask already has, "
+            f"sparsity {share}{of} must not be below what mask already has, "
             f"{1 - now / size:.4f}; raise it or leave the mask out"
         )
         raise ValueError(msg)
-    fewest = groups.fewest(kept, part)
     if stay < fewest:
         msg = (
-            f"sparsity {share} cannot be reached: pattern lets at most {1 - fewest / size:.4f} "
-            f"of the {size} weights be removed; lower it or change the pattern"
+            f"sparsity {share}{of} cannot be reached: pattern and floor let at most "
+            f"{1 - fewest / size:.4f} of the {size} weights be removed; lower it or change them"
         )
         raise ValueError(msg)
     return stay

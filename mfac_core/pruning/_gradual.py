@@ -8,15 +8,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, send, to_numpy
+from mfac_core._arrays import Array, array_namespace, send
+from mfac_core._ops import blocks as ops
 from mfac_core._progress import track
+from mfac_core._rows.base import Reduce
 from mfac_core._rows.storage import rows_of
 from mfac_core.pruning._arguments import mask_argument
-from mfac_core.pruning._prune import prune
+from mfac_core.pruning._layers import LayerShare
+from mfac_core.pruning._prune import PrunedWeights, prune
 
 
-class GradualStep(NamedTuple):
-    """The state after a step of :func:`gradual`.
+class _Step(NamedTuple):
+    step: int
+    sparsity: float
+    weights: Array
+    mask: Array
+    loss_increase: float
+
+
+class GradualStep(_Step):
+    """The state after a step of :func:`gradual`: a tuple of five, with a report beside it.
 
     Attributes
     ----------
@@ -30,13 +41,11 @@ class GradualStep(NamedTuple):
         True where a weight is kept.
     loss_increase : float
         What the quadratic model predicts for this step, before fine-tuning.
+    layers : tuple of LayerShare
+        What is left of each layer, as :class:`PrunedWeights` has it.
     """
 
-    step: int
-    sparsity: float
-    weights: Array
-    mask: Array
-    loss_increase: float
+    layers: tuple[LayerShare, ...] = ()
 
 
 def gradual(
@@ -46,7 +55,7 @@ def gradual(
     sparsity: Sequence[float] | Sequence[Sequence[float]],
     pattern: str | int | Array | None = None,
     mask: Array | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int | Sequence[int]] | None = None,
     damping: float,
     block_size: int | Sequence[int] | None = None,
     stages: int = 1,
@@ -54,6 +63,9 @@ def gradual(
     loss: Callable[[Array], float] | None = None,
     finetune: Callable[[Array, Array], Array] | None = None,
     start: int = 0,
+    scope: str = "layer",
+    floor: float = 0.0,
+    reduce: Reduce | None = None,
     progress: bool = False,
 ) -> Iterator[GradualStep]:
     """Prune step by step, each step by the gradients at the weights that are left.
@@ -135,8 +147,11 @@ def gradual(
     if check.integer(start, "start", minimum=0) > len(shares):
         msg = f"start must be at most the number of steps {len(shares)}, got {start}"
         raise ValueError(msg)
-    kept = np.ones(d, dtype=np.bool_) if mask is None else mask_argument(mask, d)
+    home = ops.home(weights)
     boolean = array_namespace(weights).bool
+    kept = home.xp.ones(d, dtype=home.xp.bool, device=home.device)
+    if mask is not None:
+        kept = mask_argument(mask, d, home)
 
     def steps() -> Iterator[GradualStep]:
         now, left = weights, send(kept, weights, boolean)
@@ -147,7 +162,7 @@ def gradual(
             if columns != d:
                 msg = f"gradients must return rows of {d} columns, one a weight, got {columns}"
                 raise ValueError(msg)
-            now, left, increase = prune(
+            pruned = prune(
                 now,
                 rows,
                 sparsity=shares[number],
@@ -159,13 +174,23 @@ def gradual(
                 stages=stages,
                 update=update,
                 loss=loss,
+                scope=scope,
+                floor=floor,
+                reduce=reduce,
             )
+            now, left = pruned.weights, pruned.mask
             if finetune is not None:
                 now = _tuned(finetune(now, left), now, left)
-            removed = 1.0 - float(np.mean(to_numpy(left)))
-            yield GradualStep(number + 1, removed, now, left, increase)
+            yield _step(number + 1, now, pruned)
 
     return steps()
+
+
+def _step(number: int, weights: Array, pruned: PrunedWeights) -> GradualStep:
+    sizes, kept = (sum(n) for n in zip(*((s.size, s.kept) for s in pruned.layers), strict=True))
+    step = GradualStep(number, 1.0 - kept / sizes, weights, pruned.mask, pruned.loss_increase)
+    step.layers = pruned.layers
+    return step
 
 
 def polynomial_schedule(sparsity: float, steps: int, *, initial: float = 0.0) -> list[float]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
+from array_api_compat import is_torch_namespace
+
+from mfac_core._arrays import Array, Home, to_numpy
 
 Labels: TypeAlias = np.ndarray[Any, Any]
 """NumPy, int64, one for each weight: the number of its group, or −1 for none."""
 
+Rises: TypeAlias = tuple[Labels, Array]
+"""Groups, and what the loss rises by for the part of them that was looked at."""
 
 BATCH_BYTES = 1 << 24
 """Size of the float64 arrays that are worked on at a time."""
@@ -31,16 +37,41 @@ def by_size(labels: Labels, numbers: int) -> Iterator[tuple[Labels, Labels]]:
             yield groups[some], order[starts[some][:, None] + np.arange(k)]
 
 
-def half_squares(
-    matrices: np.ndarray[Any, Any],
-    x: np.ndarray[Any, Any],
-    lowest: np.ndarray[Any, Any],
-    highest: np.ndarray[Any, Any],
-) -> np.ndarray[Any, Any]:
+def half_squares(home: Home, matrices: Array, x: Array, lowest: Array, highest: Array) -> Array:
     """Return ½ xᵀM⁻¹x for (n, k, k) and (n, k), held to bounds that rounding may have left."""
+    xp = home.xp
+    if matrices.shape[1] == 1:
+        half = x[:, 0] * x[:, 0] / (2.0 * matrices[:, 0, 0])
+    else:
+        solved = _solved(home, matrices, x)
+        half = xp.sum(x * solved, axis=1) / 2.0
+    half = xp.where(xp.isfinite(half), half, highest)
+    return xp.clip(half, lowest, highest)
+
+
+def _solved(home: Home, matrices: Array, x: Array) -> Array:
+    xp = home.xp
     try:
-        solved = np.linalg.solve(matrices, x[:, :, None])[:, :, 0]
-    except np.linalg.LinAlgError:  # to rounding, at least one has no inverse
-        solved = (np.linalg.pinv(matrices, hermitian=True) @ x[:, :, None])[:, :, 0]
-    half = np.sum(x * solved, axis=1) / 2.0
-    return np.asarray(np.fmax(np.fmin(half, highest), lowest))
+        return xp.linalg.solve(matrices, x[..., None])[..., 0]
+    except Exception as error:  # to rounding, at least one has no inverse
+        if "LinAlgError" not in type(error).__name__:
+            raise
+    values, vectors = xp.linalg.eigh(matrices)
+    largest = xp.max(xp.abs(values), axis=-1, keepdims=True)
+    regular = xp.abs(values) > 1e-15 * matrices.shape[1] * largest
+    inverse = xp.where(regular, 1.0 / xp.where(regular, values, 1.0), 0.0)
+    turned = xp.sum(vectors * x[..., None], axis=1) * inverse
+    return xp.sum(vectors * turned[:, None, :], axis=-1)
+
+
+def add_rises(home: Home, total: Array, rises: Rises) -> None:
+    """Add to each group's number what its parts rise by."""
+    groups, values = rises
+    if home.is_numpy:
+        np.add.at(total, groups, values)
+    elif is_torch_namespace(home.xp):
+        torch = sys.modules["torch"]
+        total.index_add_(0, torch.asarray(groups, device=total.device), values)
+    else:
+        sums = np.bincount(groups, to_numpy(values), minlength=int(total.shape[0]))
+        total += home.receive(sums)

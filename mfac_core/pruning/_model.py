@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mfac_core._arrays import Array
+from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows
-from mfac_core.pruning._kept import KeptFisher, Mask, Vector
+from mfac_core.pruning._kept import KeptFisher, Mask, Part, Vector
+from mfac_core.pruning._patterns import Pattern
 
 
 class QuadraticModel:
@@ -18,14 +21,16 @@ class QuadraticModel:
     by ½ x_Qᵀ([F_RR⁻¹]_QQ)⁻¹x_Q whether there was a g or not. (It is as if F⁻¹g had been taken off
     the weights at first, Newton's step, and they had then been pruned without g.)
 
+    Every method is one pass over the gradients at most.
+
     Parameters
     ----------
     rows : Rows
         G of F = λI + GᵀG/m.
     weights : array, shape (d,)
-        w, NumPy float64.
+        w, of the gradients' library; never widened as a whole.
     gradient : array, shape (d,), or None
-        g, NumPy float64; None for zero.
+        g, of the gradients' library; None for zero.
     damping : float
         λ.
     sizes : sequence of int, optional
@@ -35,21 +40,22 @@ class QuadraticModel:
     def __init__(
         self,
         rows: Rows,
-        weights: Vector,
-        gradient: Vector | None,
+        weights: Array,
+        gradient: Array | None,
         damping: float,
         sizes: Sequence[int] | None,
     ) -> None:
         self._rows, self._damping, self._sizes = rows, damping, sizes
-        self._gradient = gradient
-        self.weights = weights
-        self.kept = np.ones(len(weights), dtype=np.bool_)
+        self.home = ops.home(rows.like)
+        self._weights = ops.view(self.home, weights)
+        self._gradient = None if gradient is None else ops.view(self.home, gradient)
+        self.kept: Mask = None
         self.fisher = KeptFisher(rows, damping, sizes)
 
     def damped(self, factor: float) -> QuadraticModel:
         """Return the model with ``factor`` times the damping, for the same kept weights."""
         damping = factor * self._damping
-        model = QuadraticModel(self._rows, self.weights, self._gradient, damping, self._sizes)
+        model = QuadraticModel(self._rows, self._weights, self._gradient, damping, self._sizes)
         model.restrict(self.kept)
         return model
 
@@ -58,26 +64,91 @@ class QuadraticModel:
         self.kept = kept
         self.fisher.restrict(kept)
 
-    def alone(self) -> Vector:
+    def saliencies(self, pattern: Pattern, at: Vector | None) -> Vector:
+        """Return what removing each of a pattern's groups raises the model by.
+
+        From the optimum, or from weights that are given.
+        """
+        scores = pattern.scores()
+
+        def look(part: Part, here: slice) -> object:
+            x = self._best(part, here) if at is None else at[here]
+            return pattern.look(scores, part, here, x)
+
+        pattern.sum(scores, self.fisher.visit(look))  # type: ignore[arg-type]
+        return scores
+
+    def optimum(self) -> tuple[Vector, float]:
+        """Return the kept weights of the lowest model, and its value there."""
+
+        def best(part: Part, here: slice) -> tuple[Vector, float]:
+            x = self._best(part, here)
+            return x, self._change(part, here, x)
+
+        return self._filled(best)
+
+    def masked(self) -> Vector:
         """Return the weights with the removed ones set to zero."""
-        return np.where(self.kept, self.weights, 0.0)
+        return self.home.xp.where(self.kept, self._wide(slice(0, int(self.kept.shape[0]))), 0.0)
 
-    def optimum(self) -> Vector:
-        """Return the kept weights of the lowest model."""
-        return self.newton(self.fisher.joint(self.weights))
+    def alone(self) -> Vector:
+        """Return the same after Newton's step with g."""
+        if self._gradient is None:
+            return self.masked()
 
-    def newton(self, x: Vector) -> Vector:
-        """Return x_R − F_RR⁻¹g_R."""
-        return x if self._gradient is None else x - self.fisher.apply(self._gradient)
+        def step(part: Part, here: slice) -> tuple[Vector, float]:
+            w = self.home.xp.where(self.kept[here], self._wide(here), 0.0)
+            return self._newton(part, here, w), 0.0
+
+        return self._filled(step)[0]
 
     def without(self, x: Vector, smaller: Mask) -> Vector:
         """Return x − Σ_s (x_s/[F_RR⁻¹]_ss) F_RR⁻¹e_s, the paper's update, for kept s to remove."""
-        diagonal = np.where(self.kept, self.fisher.diagonal(), 1.0)
-        update = self.fisher.apply(np.where(self.kept & ~smaller, x / diagonal, 0.0))
-        return np.where(smaller, x - update, 0.0)
+        xp = self.home.xp
+
+        def update(part: Part, here: slice) -> tuple[Vector, float]:
+            gone = self.kept[here] & ~smaller[here]
+            diagonal = xp.where(self.kept[here], part.diagonal(), 1.0)
+            change = part.apply(xp.where(gone, x[here] / diagonal, 0.0))
+            return xp.where(smaller[here], x[here] - change, 0.0), 0.0
+
+        return self._filled(update)[0]
 
     def change(self, x: Vector) -> float:
         """Return the model's value at the new weights x."""
-        step = x - self.weights
-        linear = 0.0 if self._gradient is None else float(self._gradient @ step)
-        return linear + 0.5 * self.fisher.quadratic(step)
+        values = self.fisher.visit(lambda part, here: self._change(part, here, x[here]))
+        return self._total(values)
+
+    def _filled(self, work: Callable[[Part, slice], tuple[Vector, float]]) -> tuple[Vector, float]:
+        """Return a vector that ``work`` returns part by part, and the sum of its numbers."""
+        result = self.home.zeros(int(self.kept.shape[0]))
+
+        def fill(part: Part, here: slice) -> float:
+            result[here], number = work(part, here)
+            return number
+
+        return result, self._total(self.fisher.visit(fill))
+
+    def _total(self, values: list[float]) -> float:
+        """Return a sum over parts and ranks."""
+        return self._rows.summed_numbers(float(np.sum(values)))[0]
+
+    def _wide(self, here: slice) -> Vector:
+        return self.home.receive(self._weights[here])
+
+    def _best(self, part: Part, here: slice) -> Vector:
+        return self._newton(part, here, part.joint(self._wide(here)))
+
+    def _newton(self, part: Part, here: slice, x: Vector) -> Vector:
+        """Return x_R − F_RR⁻¹g_R."""
+        if self._gradient is None:
+            return x
+        return x - part.apply(self.home.receive(self._gradient[here]))
+
+    def _change(self, part: Part, here: slice, x: Vector) -> float:
+        """Return a part's share of the model's value at the new weights x."""
+        step = x - self._wide(here)
+        linear = 0.0
+        if self._gradient is not None:
+            linear = float(self.home.receive(self._gradient[here]) @ step)
+        return linear + 0.5 * part.quadratic(step)

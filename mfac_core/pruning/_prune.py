@@ -5,24 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, send
+from mfac_core._arrays import Array, Home, array_namespace, send
 from mfac_core._operators.base import SymmetricOperator
 from mfac_core._progress import track
-from mfac_core._rows.base import Rows
+from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import rows_of
+from mfac_core._warn import warn
 from mfac_core.pruning import _trust
 from mfac_core.pruning._arguments import mask_argument, vector_argument
-from mfac_core.pruning._budgets import weights_to_stay
+from mfac_core.pruning._budgets import budgets
 from mfac_core.pruning._kept import Vector
+from mfac_core.pruning._layers import Layer, LayerShare, layers_argument
 from mfac_core.pruning._model import QuadraticModel
-from mfac_core.pruning._patterns import groups_of, schedule
+from mfac_core.pruning._patterns import Budget, Pattern, pattern_of, schedule
+
+WORTH_SAYING = 0.25
+"""Share of the weights that were to go from which on it is said that groups let none of them."""
 
 
-class PrunedWeights(NamedTuple):
-    """What pruning returns.
+class _Pruned(NamedTuple):
+    weights: Array
+    mask: Array
+    loss_increase: float
+
+
+class PrunedWeights(_Pruned):
+    """What pruning returns: a tuple of three, with a report beside it.
 
     Attributes
     ----------
@@ -33,11 +42,12 @@ class PrunedWeights(NamedTuple):
     loss_increase : float
         ½ δᵀFδ of the whole change δ, with a gradient g gᵀδ + ½ δᵀFδ: the rise of the loss that
         the model predicts. With g it may be negative, down to −½ gᵀF⁻¹g where nothing is removed.
+        Over ranks that of all.
+    layers : tuple of LayerShare
+        What is left of each layer, in order; of all weights where no ``layers`` were given.
     """
 
-    weights: Array
-    mask: Array
-    loss_increase: float
+    layers: tuple[LayerShare, ...] = ()
 
 
 def saliency(weights: Array, inverse: SymmetricOperator) -> Array:
@@ -91,6 +101,7 @@ def obs_update(
     damping: float,
     block_size: int | Sequence[int] | None = None,
     gradient: Array | None = None,
+    reduce: Reduce | None = None,
 ) -> Array:
     """Remove weights, and change the kept ones to the joint optimum of the quadratic model.
 
@@ -139,10 +150,10 @@ def obs_update(
     >>> obs_update(np.array([1.0, 1.0]), gradients, mask, damping=1.0)
     array([1.5, 0. ])
     """
-    rows = rows_of(gradients)
+    rows = rows_of(gradients, reduce=reduce)
     model = _model(rows, weights, gradient, damping, block_size)
-    model.restrict(mask_argument(mask, rows.shape[1]))
-    return send(model.optimum(), rows.like, weights.dtype)
+    model.restrict(mask_argument(mask, rows.shape[1], model.home))
+    return send(model.optimum()[0], weights, weights.dtype)
 
 
 def prune(
@@ -152,13 +163,16 @@ def prune(
     sparsity: float | Sequence[float] | None = None,
     pattern: str | int | Array | None = None,
     mask: Array | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int | Sequence[int]] | None = None,
     damping: float,
     block_size: int | Sequence[int] | None = None,
     gradient: Array | None = None,
     stages: int = 16,
     update: str = "joint",
     loss: Callable[[Array], float] | None = None,
+    scope: str = "layer",
+    floor: float = 0.0,
+    reduce: Reduce | None = None,
     progress: bool = False,
 ) -> PrunedWeights:
     """Choose weights to remove, in stages, and update the kept ones.
@@ -240,36 +254,91 @@ def prune(
     if update not in ("joint", "independent"):
         msg = f"update must be 'joint' or 'independent', got {update!r}"
         raise ValueError(msg)
+    if scope not in ("layer", "global"):
+        msg = f"scope must be 'layer' or 'global', got {scope!r}"
+        raise ValueError(msg)
     stages = check.integer(stages, "stages", minimum=1)
-    rows = rows_of(gradients)
+    floor = check.finite_number(floor, "floor")
+    if not 0.0 <= floor <= 1.0:
+        msg = f"floor must be a share in [0, 1], got {floor!r}"
+        raise ValueError(msg)
+    rows = rows_of(gradients, reduce=reduce, progress=progress)
     d = rows.shape[1]
-    groups = groups_of(pattern, d)
-    kept = np.ones(d, dtype=np.bool_) if mask is None else mask_argument(mask, d)
-    plan = [
-        (layer, schedule(int(kept[layer].sum()), stay, stages))
-        for layer, stay in weights_to_stay(sparsity, layers, groups, kept)
-    ]
+    if layers is None:
+        scope = "layer" if isinstance(sparsity, Sequence) else "global"
     model = _model(rows, weights, gradient, damping, block_size)
+    named = layers_argument(layers, d)
+    shared = rows.reduce if scope == "global" else None
+    groups = pattern_of(pattern, named, model.home, shared)
+    kept = _everything(model.home, d) if mask is None else mask_argument(mask, d, model.home)
+    given = kept
+    groups.restrict(kept)
+    goals = budgets(sparsity, named, groups, kept, scope=scope, floor=floor, reduce=shared)
+    plan = [(budget, schedule(_now(groups, kept, budget), budget.stay, stages)) for budget in goals]
 
     model.restrict(kept)
-    current = model.optimum() if update == "joint" else model.newton(model.alone())
-    for stage in track(range(stages), "pruning") if progress else range(stages):
-        saliencies = groups.saliencies(current, kept, model.fisher)
-        for layer, stays in plan:
-            kept = groups.remove(saliencies, kept, layer, stays[stage])
-        if update == "independent":
+    current = None if update == "joint" else model.alone()
+    numbers = range(stages)
+    for stage in track(numbers, "pruning") if progress and stages > 1 else numbers:
+        saliencies = model.saliencies(groups, current)
+        for budget, stays in plan:
+            kept = groups.remove(saliencies, kept, budget._replace(stay=stays[stage]))
+        del saliencies
+        if current is not None:
             current = model.without(current, kept)
         model.restrict(kept)
-        if update == "joint":
-            current = model.optimum()
 
     def beside(x: Vector) -> Array:
-        return send(x, rows.like, weights.dtype)
+        return send(x, weights, weights.dtype)
 
+    if current is None:
+        current, increase = model.optimum()
+    elif loss is None:
+        increase = model.change(current)
     if loss is not None:
         current = _trust.lowest(model, current, lambda x: loss(beside(x)))
+        increase = model.change(current)
     xp = array_namespace(weights)
-    return PrunedWeights(beside(current), send(kept, rows.like, xp.bool), model.change(current))
+    pruned = PrunedWeights(beside(current), send(kept, weights, xp.bool), increase)
+    pruned.layers = _shares(named, groups, kept)
+    _warn_of_nothing(plan, given, kept, groups)
+    return pruned
+
+
+def _everything(home: Home, d: int) -> Array:
+    return home.xp.ones(d, dtype=home.xp.bool, device=home.device)
+
+
+def _now(groups: Pattern, kept: Array, budget: Budget) -> int:
+    """Return how many of a budget's weights are kept, of all ranks where it is for all."""
+    return round(groups.to_go(kept, budget._replace(stay=0)))
+
+
+def _shares(layers: list[Layer], groups: Pattern, kept: Array) -> tuple[LayerShare, ...]:
+    shares = []
+    for layer in layers:
+        left = groups.count(kept[layer.part])
+        shape = (layer.size,) if layer.shape is None else layer.shape
+        share = LayerShare(shape, layer.size, left, 1.0 - left / layer.size, groups.dense(layer))
+        shares.append(share)
+    return tuple(shares)
+
+
+def _warn_of_nothing(
+    plan: list[tuple[Budget, list[int]]], before: Array, after: Array, groups: Pattern
+) -> None:
+    """Say so where whole groups allow nothing of what was asked for."""
+    for budget, _ in plan:
+        now = _now(groups, before, budget)
+        wanted = now - budget.stay
+        much = wanted > WORTH_SAYING * (budget.part.stop - budget.part.start)
+        if much and _now(groups, after, budget) == now:
+            where = f"{budget.part.start} to {budget.part.stop - 1}"
+            warn(
+                f"nothing was removed of the weights {where}, where {wanted} were to go: the "
+                "nearest that whole groups allow is none; use smaller groups",
+                UserWarning,
+            )
 
 
 def _model(
@@ -282,5 +351,5 @@ def _model(
     w = vector_argument(weights, "weights", rows)
     g = None if gradient is None else vector_argument(gradient, "gradient", rows)
     damping = check.damping(damping)
-    sizes = None if block_size is None else check.block_sizes(block_size, len(w))
+    sizes = None if block_size is None else check.block_sizes(block_size, rows.shape[1])
     return QuadraticModel(rows, w, g, damping, sizes)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
+import math
+from collections.abc import Callable, Iterator
 
 from mfac_core.pruning._kept import Vector
 from mfac_core.pruning._model import QuadraticModel
@@ -18,20 +17,30 @@ RIDGES = (10.0, 100.0)
 
 def lowest(model: QuadraticModel, current: Vector, loss: Callable[[Vector], float]) -> Vector:
     """Return the candidate of lowest loss: ``current``, parts of it, and simpler updates."""
-    alone = model.alone()
-    targets = [current, *(model.damped(ridge).optimum() for ridge in RIDGES)]
-    candidates = [alone]  # the first wins where all are equal, or none is finite
-    candidates += [alone + step * (target - alone) for target in targets for step in STEPS]
-    candidates.append(_in_one_step(model))
-    losses = [float(loss(candidate)) for candidate in candidates]
-    finite = [value if np.isfinite(value) else np.inf for value in losses]
-    return candidates[int(np.argmin(finite))]
+    best, least = current, math.nan
+    for candidate in _candidates(model, current):
+        value = float(loss(candidate))
+        value = value if math.isfinite(value) else math.inf
+        if not least <= value:  # the first wins where all are equal, or none is finite
+            best, least = candidate, value
+    return best
+
+
+def _candidates(model: QuadraticModel, current: Vector) -> Iterator[Vector]:
+    """Yield them one at a time: the mask alone, parts of joint updates, the independent one."""
+    alone = model.masked()
+    yield alone
+    for ridge in (1.0, *RIDGES):
+        target = current if ridge == 1.0 else model.damped(ridge).optimum()[0]
+        for step in STEPS:
+            yield alone + step * (target - alone)
+    yield _in_one_step(model)
 
 
 def _in_one_step(model: QuadraticModel) -> Vector:
     """Return the independent update of all removed weights at once."""
     kept = model.kept
-    model.restrict(np.ones_like(kept))
-    pruned = model.without(model.newton(model.weights), kept)
+    model.restrict(model.home.xp.ones_like(kept))
+    pruned = model.without(model.alone(), kept)
     model.restrict(kept)
     return pruned

@@ -59,7 +59,7 @@ def test_many_blocks_in_float64(rng, size):
 def test_batches_are_bounded(rng, monkeypatch):
     g = rng.standard_normal((20, 300))
     whole = mfac.BlockInverseFisher(g, damping=0.1, block_size=7)
-    monkeypatch.setattr("mfac_core._operators.primal.BATCH_BYTES", 8 * 20 * 7 * 3)
+    monkeypatch.setattr("mfac_core._ops.blocks.HOST_BYTES", 8 * 20 * 7 * 3)
     batched = mfac.BlockInverseFisher(g, damping=0.1, block_size=7)
     assert relative_error(batched.diagonal(), whole.diagonal()) <= 1e-14
     assert batched.logdet() == pytest.approx(whole.logdet(), rel=1e-12)

@@ -1,0 +1,132 @@
+"""Many small symmetric matrices in NumPy, in products that BLAS does not split over threads.
+
+BLAS wakes a second thread for each product above some size. Over thousands of small matrices, on
+a machine with other work, most of the time would go by in waiting for it. So products come in
+tiles small enough to stay in the thread that asks for them, and batches of blocks are spread over
+Python threads instead, which NumPy lets run side by side. No setting of any library is touched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+NDArray = np.ndarray[Any, Any]
+
+TILE = 64
+"""Edge of a product: 64³ multiplications are the most that OpenBLAS leaves to one thread."""
+
+BASE = 16
+"""Size of triangles that are inverted all at once, element by element."""
+
+
+def multiply(a: NDArray, b: NDArray) -> NDArray:
+    """Return the products of two stacks of matrices, (n, i, k) and (n, k, j)."""
+    n, rows, inner = a.shape
+    columns = b.shape[2]
+    if columns == 1 or rows * inner * columns <= TILE**3:
+        return a @ b
+    result = np.empty((n, rows, columns))
+    for i in _tiles(rows, TILE):
+        for j in _tiles(columns, TILE):
+            _multiply_into(result[:, i, j], a[:, i], b[:, :, j])
+    return result
+
+
+def square(a: NDArray) -> NDArray:
+    """Return a aᵀ for a stack of matrices, (n, i, k); symmetric to the last bit."""
+    n, rows, inner = a.shape
+    transposed = a.transpose(0, 2, 1)
+    if rows * inner * rows <= TILE**3:
+        return a @ transposed
+    result = np.empty((n, rows, rows))
+    for i in _tiles(rows, TILE):
+        for j in _tiles(i.stop, TILE):
+            _multiply_into(result[:, i, j], a[:, i], transposed[:, :, j])
+            if i != j:
+                result[:, j, i] = result[:, i, j].transpose(0, 2, 1)
+    return result
+
+
+def _multiply_into(out: NDArray, a: NDArray, b: NDArray) -> None:
+    """Set out = ab, of at most ``TILE`` rows and columns, by parts of the sum."""
+    step = max(TILE**3 // (out.shape[1] * out.shape[2]), 1)
+    for part in _tiles(a.shape[2], step):
+        if part.start == 0:
+            np.matmul(a[:, :, part], b[:, part], out=out)
+        else:
+            out += a[:, :, part] @ b[:, part]
+
+
+def _tiles(length: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, length)) for i in range(0, length, step)]
+
+
+def inverse_factor(a: NDArray) -> NDArray:
+    """Return R = L⁻¹ for each a = L Lᵀ of a stack: lower triangular, a⁻¹ = RᵀR.
+
+    Raises LinAlgError where a matrix is not positive definite to rounding.
+    """
+    size = a.shape[1]
+    padded = -(-size // BASE) * BASE if size > BASE else size
+    if padded == size:
+        return _inverse_factor(a)
+    larger = np.zeros((len(a), padded, padded))
+    larger[:, :size, :size] = a
+    larger[:, range(size, padded), range(size, padded)] = 1.0
+    return _inverse_factor(larger)[:, :size, :size]
+
+
+def _inverse_factor(a: NDArray) -> NDArray:
+    """See :func:`inverse_factor`; by halves down to what LAPACK leaves to one thread."""
+    size = a.shape[1]
+    if size <= TILE:
+        return _inverse_triangles(np.linalg.cholesky(a))
+    half = size // BASE // 2 * BASE
+    result = np.zeros_like(a)
+    first = _inverse_factor(a[:, :half, :half])
+    below = multiply(a[:, half:, :half], first.transpose(0, 2, 1))
+    last = _inverse_factor(a[:, half:, half:] - square(below))
+    result[:, :half, :half], result[:, half:, half:] = first, last
+    result[:, half:, :half] = multiply(last, multiply(-below, first))
+    return result
+
+
+def _inverse_triangles(lower: NDArray) -> NDArray:
+    """Return the inverses of lower triangles: tiles on the diagonal, and from them the rest."""
+    n, size, _ = lower.shape
+    if size <= BASE:
+        return _inverse_tiles(lower)
+    count = size // BASE
+    at = np.arange(count)
+    tiles = lower.reshape(n, count, BASE, count, BASE)[:, at, :, at]
+    result = np.zeros_like(lower)
+    inverses = _inverse_tiles(tiles.reshape(-1, BASE, BASE)).reshape(tiles.shape)
+    result.reshape(n, count, BASE, count, BASE)[:, at, :, at] = inverses
+    _fill(result, lower)
+    return result
+
+
+def _fill(result: NDArray, lower: NDArray) -> None:
+    """Set what is below the diagonal tiles: −C⁻¹BA⁻¹ for a triangle of A above, B, and C."""
+    size = result.shape[1]
+    if size <= BASE:
+        return
+    half = size // BASE // 2 * BASE
+    _fill(result[:, :half, :half], lower[:, :half, :half])
+    _fill(result[:, half:, half:], lower[:, half:, half:])
+    product = lower[:, half:, :half] @ -result[:, :half, :half]
+    np.matmul(result[:, half:, half:], product, out=result[:, half:, :half])
+
+
+def _inverse_tiles(lower: NDArray) -> NDArray:
+    """Return the inverses of small triangles, row by row along all of them as the last axis."""
+    along = np.ascontiguousarray(lower.transpose(1, 2, 0))
+    result = np.zeros_like(along)
+    for k in range(len(along)):
+        result[k, k] = 1.0 / along[k, k]
+        if k:
+            sums = np.einsum("jn,jcn->cn", along[k, :k], result[:k, :k])
+            np.multiply(sums, -result[k, k], out=result[k, :k])
+    return np.ascontiguousarray(result.transpose(2, 0, 1))

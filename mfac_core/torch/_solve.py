@@ -73,7 +73,7 @@ def solve(
         sparsity=sparsity,
         pattern=pattern if labels is None else labels,
         mask=kept.cpu().numpy(),
-        layers=lengths,
+        layers=lengths if settings.layers == "uniform" else None,
         damping=damping,
         block_size=_block_sizes(settings.block_size, lengths),
         stages=1,

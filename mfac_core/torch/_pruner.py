@@ -13,6 +13,7 @@ from mfac_core.torch._calibration import Calibration, evaluating, fetched
 from mfac_core.torch._gradients import Loss
 from mfac_core.torch._masks import Masked, Masks, semi_structured
 from mfac_core.torch._parameters import Choice, bare, chosen, prunable
+from mfac_core.torch._ranks import group_of, same
 from mfac_core.torch._report import LayerReport, Report, StepReport
 from mfac_core.torch._solve import Settings, solve
 
@@ -85,6 +86,9 @@ class Pruner:
     ``torch.nn.utils.prune``. So the masks hold under any optimiser, and one that exists already
     goes on with the same parameters. A step that fails leaves the model as it was.
 
+    Inside ``DistributedDataParallel`` every rank calls the same methods, with batches of its own;
+    the rows are those of all ranks, gathered on each, and so are the losses.
+
     A step re-estimates the stored statistics of batch normalisation on every other batch, and
     keeps the new ones only if the loss on the batches in between falls by more than 1 %.
 
@@ -138,7 +142,7 @@ class Pruner:
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
         self._settings = Settings(pattern, layers, damping, block_size, update)
         self._number, self._rows = rows, (storage, dtype, progress)
-        self._inner = bare(model)
+        self._inner, self._group = bare(model), group_of(model)
         self._masks = Masks(self._inner, self._choose(parameters, exclude))
         self._labels = (
             None
@@ -196,9 +200,12 @@ class Pruner:
                 self.loss_fn,
                 fetched(self.batches, self._number),
                 parameters[0].parameter.device,
+                self._group,
             )
             rows, before = data.rows(parameters, self._settings.pattern, *self._rows)
             new = solve(rows, parameters, self._labels, goal, self._settings, data.samples)
+            same([*new.weights, *new.kept], self._group)
+            m = rows.shape[0]
             _storage.let_go(rows)
         with self._masks.whole_or_not_at_all():
             self._masks.install()
@@ -216,7 +223,7 @@ class Pruner:
                 loss_before=before,
                 loss_after=after,
                 loss_increase=new.rise,
-                rows=len(data.batches),
+                rows=m,
                 damping=new.damping,
                 statistics=statistics,
                 layers=layers,

@@ -85,9 +85,12 @@ def solve(
     shapes = [tuple(each.parameter.shape) for each in parameters]
     half = samples / 2.0
     return Solution(
-        [_groups.shaped(pattern, x, s) for x, s in zip(new.split(lengths), shapes, strict=True)],
         [
-            _groups.shaped(pattern, x, s)
+            _groups.shaped(pattern, x, s).contiguous()
+            for x, s in zip(new.split(lengths), shapes, strict=True)
+        ],
+        [
+            _groups.shaped(pattern, x, s).contiguous()
             for x, s in zip(torch.as_tensor(pruned.mask).split(lengths), shapes, strict=True)
         ],
         [half * float(p.square().mean()) for p in products],

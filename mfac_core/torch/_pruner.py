@@ -58,7 +58,8 @@ class Pruner:
         step: it then follows the scale of the loss and the size of the batches.
     block_size : int, None or "auto", default "auto"
         Diagonal blocks of the Fisher matrix, of this many weights and within a parameter; None
-        for the whole matrix. By default 128.
+        for the whole matrix. By default four for each row, and at most 1,024: few rows can be told
+        apart only in short blocks.
     update : {"joint", "independent"}, default "joint"
         See :func:`mfac_core.pruning.prune`.
     storage : str or path, optional

@@ -13,7 +13,8 @@ import torch
 from mfac_core.torch import _batches, _groups, _statistics, _storage
 from mfac_core.torch._gradients import Loss, bar, common_dtype, rows_of_batches, scalar
 from mfac_core.torch._masks import Masked
-from mfac_core.torch._store import put, store_for
+from mfac_core.torch._ranks import all_rows, mean, same
+from mfac_core.torch._store import put, store_for, width
 from mfac_core.torch._unchanged import unchanged
 
 Tensor = Any
@@ -38,12 +39,15 @@ class Calibration:
         As they come from the loader.
     device : torch.device
         Where the model wants them.
+    group : process group or None
+        Of the ranks that have batches of their own.
     """
 
     def __init__(
-        self, model: torch.nn.Module, loss_fn: Loss, batches: list[Any], device: Any
+        self, model: torch.nn.Module, loss_fn: Loss, batches: list[Any], device: Any, group: Any
     ) -> None:
         self._model, self._loss_fn, self._device = model, loss_fn, device
+        self._group = group
         self.batches = batches
         self._sizes = [_batches.size_of(batch) for batch in batches]
 
@@ -58,9 +62,9 @@ class Calibration:
         """Return the gradients, one a row in the order of the pattern, and the mean loss."""
         columns = {each.name: each.parameter for each in parameters}
         dtype = dtype or common_dtype(columns.values())
-        m, d = len(self.batches), sum(p.numel() for p in columns.values())
+        m, d = len(self.batches), width(columns)
         out = _storage.out_for(storage, (m, d), dtype, self._device)
-        store, _, dtype = store_for(out, m, columns, dtype)
+        store, _, dtype = store_for(out, m, d, columns, dtype)
         found = rows_of_batches(
             self._model,
             self._loss_fn,
@@ -72,11 +76,11 @@ class Calibration:
         losses = []
         try:
             for i, (row, loss) in bar(enumerate(found), m, progress):
-                put(store, i, row.to(dtype), m)
+                put(store, i, row.to(dtype)[None, :], m)
                 losses.append(loss)
         finally:
             found.close()
-        return store.finish(), self._mean(losses)
+        return all_rows(store.finish(), self._group), self._mean(losses)
 
     def settle(self) -> tuple[str, float]:
         """Re-estimate the statistics where that helps; return what was done, and the loss.
@@ -93,6 +97,7 @@ class Calibration:
         except ValueError:  # a batch of one sample has no variance
             _statistics.put_back(copies)
             return "kept", self._mean(before)
+        same(_statistics.buffers(self._model), self._group)
         after = self._losses()
         judges = slice(1, None, 2) if len(before) > 1 else slice(None)
         old, new = self._mean(before, judges), self._mean(after, judges)
@@ -110,7 +115,8 @@ class Calibration:
 
     def _mean(self, losses: list[float], part: slice = slice(None)) -> float:
         """Return the mean over the samples of all batches, or of a part of them."""
-        return float(np.average(losses[part], weights=self._sizes[part]))
+        sizes = self._sizes[part]
+        return mean(float(np.average(losses[part], weights=sizes)), sum(sizes), self._group)
 
 
 def fetched(batches: Iterable[Any], rows: int | None) -> list[Any]:

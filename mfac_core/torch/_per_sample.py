@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mfac_core import _validate as check
 from mfac_core.torch._gradients import columns_of, common_dtype, requiring_gradient, scalar
 from mfac_core.torch._parameters import Choice, bare
-from mfac_core.torch._store import store_for
+from mfac_core.torch._store import store_for, width
 from mfac_core.torch._unchanged import unchanged
 
 Tensor = Any
@@ -116,7 +116,7 @@ def per_sample_gradients(
     m = len(targets) // per_row
     parts = [x.reshape(m, per_row, *x.shape[1:]) for x in (*positional, *named.values(), targets)]
     chunk = _chunk(chunk_size, parts, columns)
-    store, _, dtype = store_for(out, m, columns, common_dtype(columns.values()))
+    store, _, dtype = store_for(out, m, width(columns), columns, common_dtype(columns.values()))
 
     def loss(values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *batch: Tensor) -> Any:
         *arguments, target = batch

@@ -13,6 +13,7 @@ from mfac_core.torch._calibration import Calibration, evaluating, fetched
 from mfac_core.torch._gradients import Loss
 from mfac_core.torch._masks import Masked, Masks, semi_structured
 from mfac_core.torch._parameters import Choice, bare, chosen, prunable
+from mfac_core.torch._ranks import group_of, same
 from mfac_core.torch._report import LayerReport, Report, StepReport
 from mfac_core.torch._solve import Settings, solve
 
@@ -57,7 +58,8 @@ class Pruner:
         step: it then follows the scale of the loss and the size of the batches.
     block_size : int, None or "auto", default "auto"
         Diagonal blocks of the Fisher matrix, of this many weights and within a parameter; None
-        for the whole matrix. By default 128.
+        for the whole matrix. By default four for each row, and at most 1,024: few rows can be told
+        apart only in short blocks.
     update : {"joint", "independent"}, default "joint"
         See :func:`mfac_core.pruning.prune`.
     storage : str or path, optional
@@ -84,6 +86,9 @@ class Pruner:
     the object that ``weight`` was, and the buffer ``weight_mask``, in the manner of
     ``torch.nn.utils.prune``. So the masks hold under any optimiser, and one that exists already
     goes on with the same parameters. A step that fails leaves the model as it was.
+
+    Inside ``DistributedDataParallel`` every rank calls the same methods, with batches of its own;
+    the rows are those of all ranks, gathered on each, and so are the losses.
 
     A step re-estimates the stored statistics of batch normalisation on every other batch, and
     keeps the new ones only if the loss on the batches in between falls by more than 1 %.
@@ -138,7 +143,7 @@ class Pruner:
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
         self._settings = Settings(pattern, layers, damping, block_size, update)
         self._number, self._rows = rows, (storage, dtype, progress)
-        self._inner = bare(model)
+        self._inner, self._group = bare(model), group_of(model)
         self._masks = Masks(self._inner, self._choose(parameters, exclude))
         self._labels = (
             None
@@ -196,9 +201,12 @@ class Pruner:
                 self.loss_fn,
                 fetched(self.batches, self._number),
                 parameters[0].parameter.device,
+                self._group,
             )
             rows, before = data.rows(parameters, self._settings.pattern, *self._rows)
             new = solve(rows, parameters, self._labels, goal, self._settings, data.samples)
+            same([*new.weights, *new.kept], self._group)
+            m = rows.shape[0]
             _storage.let_go(rows)
         with self._masks.whole_or_not_at_all():
             self._masks.install()
@@ -216,7 +224,7 @@ class Pruner:
                 loss_before=before,
                 loss_after=after,
                 loss_increase=new.rise,
-                rows=len(data.batches),
+                rows=m,
                 damping=new.damping,
                 statistics=statistics,
                 layers=layers,

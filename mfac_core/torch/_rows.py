@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mfac_core import _validate as check
 from mfac_core.torch import _batches
 from mfac_core.torch._gradients import Loss, bar, columns_of, common_dtype, rows_of_batches
 from mfac_core.torch._parameters import Choice
-from mfac_core.torch._store import put, store_for
+from mfac_core.torch._ranks import agreed, exchanged, share
+from mfac_core.torch._store import put, store_for, width
 
 
 def gradient_rows(
@@ -24,6 +26,7 @@ def gradient_rows(
     out: Any = None,
     start: int = 0,
     dtype: Any = None,
+    group: Any = None,
     progress: bool = False,
 ) -> Any:
     """Return the gradient of the loss of each batch, one a row.
@@ -67,6 +70,10 @@ def gradient_rows(
     dtype : torch.dtype, optional
         Of the rows; by default the parameters', where they differ the one that holds all.
         With an array for ``out`` it is that of ``out``.
+    group : process group of torch.distributed, optional
+        Every rank calls this with as many batches of its own, and gets its share of the columns,
+        the part of ``torch.tensor_split``, of the rows of all ranks: what the operators take with
+        ``reduce=``.
     progress : bool, default False
         Show a bar over the rows, where tqdm is installed.
 
@@ -109,12 +116,22 @@ def gradient_rows(
         raise TypeError(msg)
     if rows is None and hasattr(out, "shape"):
         wanted = _batches.rows_argument(int(out.shape[0]), batches)
-    store, wanted, dtype = store_for(out, wanted, columns, dtype)
+    d, ranks = width(columns), 1
+    if group is not None:
+        if wanted is None or out is not None:
+            msg = "group needs batches with a length, or rows, and writes to no out"
+            raise ValueError(msg)
+        d, ranks = share(d, group), dist.get_world_size(group)
+        agreed(wanted, group)
+    many = None if wanted is None else wanted * ranks
+    store, many, dtype = store_for(out, many, d, columns, dtype)
     done = store.start or check.integer(start, "start", minimum=0)
     found = rows_of_batches(model, loss_fn, batches, columns, wanted, skip=done)
     try:
         for i, (row, _) in bar(enumerate(found, done), wanted, progress):
-            put(store, i, row.to(dtype), wanted)
+            row = row.to(dtype)
+            part = row[None, :] if group is None else exchanged(row, group)
+            put(store, i * ranks, part, many)
     finally:
         found.close()  # the model is as it was before anybody sees an error
     return store.finish()

@@ -15,8 +15,12 @@ from mfac_core.torch._masks import Masked
 
 Tensor = Any
 
-BLOCK = 128
-"""Weights in a block of the Fisher matrix, unless somebody says otherwise."""
+BLOCK_ROWS, BLOCK = 4, 1024
+"""Weights in a block of the Fisher matrix, for each row and at most, unless somebody says how many.
+
+A block has as many directions of its own as there are rows. Shorter ones leave out pairs of
+weights that the rows know of; in longer ones the saliency nears the magnitude.
+"""
 
 DAMPING = 0.1
 """λ in mean squares of the gradients' entries, unless somebody says otherwise."""
@@ -73,9 +77,9 @@ def solve(
         sparsity=sparsity,
         pattern=pattern if labels is None else labels,
         mask=kept.cpu().numpy(),
-        layers=lengths,
+        layers=lengths if settings.layers == "uniform" else None,
         damping=damping,
-        block_size=_block_sizes(settings.block_size, lengths),
+        block_size=_block_sizes(settings.block_size, lengths, rows.shape[0]),
         stages=1,
         update=settings.update,
     )
@@ -85,9 +89,12 @@ def solve(
     shapes = [tuple(each.parameter.shape) for each in parameters]
     half = samples / 2.0
     return Solution(
-        [_groups.shaped(pattern, x, s) for x, s in zip(new.split(lengths), shapes, strict=True)],
         [
-            _groups.shaped(pattern, x, s)
+            _groups.shaped(pattern, x, s).contiguous()
+            for x, s in zip(new.split(lengths), shapes, strict=True)
+        ],
+        [
+            _groups.shaped(pattern, x, s).contiguous()
             for x, s in zip(torch.as_tensor(pruned.mask).split(lengths), shapes, strict=True)
         ],
         [half * float(p.square().mean()) for p in products],
@@ -96,11 +103,11 @@ def solve(
     )
 
 
-def _block_sizes(block_size: int | str | None, lengths: Sequence[int]) -> list[int] | None:
+def _block_sizes(block_size: int | str | None, lengths: Sequence[int], m: int) -> list[int] | None:
     """Return lengths of blocks, none of which lies across parameters."""
     if block_size is None:
         return None
-    size = BLOCK if isinstance(block_size, str) else block_size
+    size = min(BLOCK_ROWS * m, BLOCK) if isinstance(block_size, str) else block_size
     return [min(size, n - start) for n in lengths for start in range(0, n, size)]
 
 

@@ -124,6 +124,11 @@ def numpy_of(rows: Tensor) -> np.ndarray[Any, Any]:
     return np.asarray((rows.float() if rows.dtype is torch.bfloat16 else rows).numpy())
 
 
+def width(parameters: Mapping[str, Tensor]) -> int:
+    """Return d, the number of all weights."""
+    return sum(p.numel() for p in parameters.values())
+
+
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
     """Return a text that tells weights apart, by which an unfinished file is known again."""
     value = 0
@@ -135,10 +140,9 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
 
 
 def store_for(
-    out: Any, rows: int | None, parameters: Mapping[str, Tensor], dtype: Any
+    out: Any, rows: int | None, d: int, parameters: Mapping[str, Tensor], dtype: Any
 ) -> tuple[Store, int | None, Any]:
-    """Return the store for ``out``, the number of rows, and their dtype."""
-    d = sum(p.numel() for p in parameters.values())
+    """Return the store for ``out`` of d columns, the number of rows, and their dtype."""
     if out is None:
         if rows is None:
             return ListStore(dtype), None, dtype
@@ -173,17 +177,17 @@ def store_for(
     return ArrayStore(out), shape[0], kind
 
 
-def put(store: Store, i: int, row: Tensor, wanted: int | None) -> None:
-    """Write row i, (d,), and say what went wrong."""
-    if not bool(torch.isfinite(row).all()):
-        msg = f"gradient {i} overflows {row.dtype}; take a wider dtype for the rows"
+def put(store: Store, i: int, rows: Tensor, wanted: int | None) -> None:
+    """Write rows (k, d) from row i on, and say what went wrong."""
+    if not bool(torch.isfinite(rows).all()):
+        msg = f"gradient {i} overflows {rows.dtype}; take a wider dtype for the rows"
         raise check.NonFiniteError(msg)
     try:
-        store.write(i, row[None, :])
+        store.write(i, rows)
     except OSError as error:
         size = f" of {wanted}" if wanted else ""
         msg = (
-            f"row {i}{size} could not be written to out, {row.nbytes} bytes a row: "
+            f"row {i}{size} could not be written to out, {rows[0].nbytes} bytes a row: "
             f"{error.strerror or error}; make room, or take fewer rows or a narrower dtype"
         )
         raise OSError(error.errno, msg) from error

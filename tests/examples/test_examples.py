@@ -193,3 +193,13 @@ def test_the_benchmarks_block_recursion_is_the_inverse(rng):
         dense = dense_inverse(g[:, 4 * block : 4 * block + 4], damping=0.1)
         recursion = np.eye(4) / 0.1 - (v[block].T / q[block]) @ v[block]
         assert np.abs(recursion - dense).max() <= 1e-12
+
+
+@pytest.mark.usefixtures("siblings")
+def test_pruning_by_the_defaults(tmp_path):
+    write_images(tmp_path, np.random.default_rng(0))
+    arguments = ["--quick", "--network", "resnet", "--data", str(tmp_path)]
+    load("experiments/prune_defaults.py").main([*arguments, "--output", str(tmp_path)])
+    header, _, *rows = tables(tmp_path)["defaults-resnet-accuracy"]
+    assert header == "| test accuracy at | 50% | 70% | 80% | 90% | 95% |"
+    assert len(rows) == 2

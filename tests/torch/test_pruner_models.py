@@ -224,8 +224,11 @@ def test_an_encoder_whose_weights_are_read_by_its_fast_path():
 
 
 def test_a_transformer_classifier_of_hugging_face():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.BertConfig(
+    try:
+        from transformers import BertConfig, BertForSequenceClassification
+    except ImportError as error:
+        pytest.skip(f"transformers cannot be imported: {error}")
+    config = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, num_labels=3,
     )  # fmt: skip
@@ -240,10 +243,10 @@ def test_a_transformer_classifier_of_hugging_face():
     def loss(model, batch):
         return model(**batch).loss
 
-    model = transformers.BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config)
     pruner, _ = gradual(model, data, loss, exclude=["bert.embeddings", "classifier"])
     assert len(pruner.masks) == 2 * 6 + 1
-    model = transformers.BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config)
     heads = Pruner(model, loss, data, pattern="head", parameters="*.attention.self")
     heads.step(0.5)
     for name, mask in heads.masks.items():

@@ -21,7 +21,6 @@ from torch.distributed.fsdp import (
     StateDictType,
     fully_shard,
 )
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -228,6 +227,7 @@ def reduce(x):
 
 def zero(folder):
     """Train, consolidate and resume under ZeroRedundancyOptimizer."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # it warns of torch.jit
 
     def make(model):
         return ZeroRedundancyOptimizer(

@@ -1,7 +1,6 @@
 """The optimiser over ranks, against one process: DTensors, FSDP of both versions, ZeRO."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import spread

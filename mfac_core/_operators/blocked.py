@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, device, to_numpy
 from mfac_core._operators.base import Indices, SymmetricOperator
 from mfac_core._operators.dual_blocks import dual_blocks
-from mfac_core._operators.primal import inverse_primal
+from mfac_core._operators.online import BlockFisher
+from mfac_core._operators.primal import PrimalBlocks, inverse_primal
 from mfac_core._operators.static import InverseFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce, Rows
@@ -214,6 +215,50 @@ class BlockInverseFisher(BlockDiagonal):
         rows = rows_of(gradients, progress=progress)
         self.block_sizes = check.block_sizes(block_size, rows.shape[1])
         super().__init__(list(_inverses(rows, self.block_sizes, self.damping)), reduce)
+
+    @classmethod
+    def accumulate(
+        cls, gradients: Iterable[Any], *, damping: float, block_size: int | Sequence[int]
+    ) -> Self:
+        """Make the operator from gradients that are seen once and never stored.
+
+        Parameters
+        ----------
+        gradients : iterable of arrays of shape (m, d)
+            Any number of them, such as a generator over batches; each as the class takes.
+        damping : float
+            λ > 0.
+        block_size : int or sequence of int
+            See the class.
+
+        Returns
+        -------
+        BlockInverseFisher
+            The inverse of λI plus the mean of all rows' gᵀg, in blocks.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See the class.
+
+        See Also
+        --------
+        BlockFisher : The sums, to be added to or pruned from.
+        """
+        damping = check.damping(damping)
+        sums = BlockFisher(block_size=block_size)
+        for some in gradients:
+            sums.add(some)
+        sums.asked()
+        return cls._of_sums(sums, damping)
+
+    @classmethod
+    def _of_sums(cls, sums: BlockFisher, damping: float) -> Self:
+        operator = cls.__new__(cls)
+        operator.damping, operator.block_sizes = damping, sums.block_sizes
+        plan, stacks = sums.inverted(damping)
+        BlockDiagonal.__init__(operator, [PrimalBlocks(plan, stacks, sums.like)], sums.reduce)
+        return operator
 
 
 WIDE_BYTES = 1 << 24

@@ -9,6 +9,7 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send
+from mfac_core._operators.online import BlockFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._progress import track
 from mfac_core._rows.base import Reduce
@@ -158,7 +159,7 @@ def gradual(
         numbers = range(start, len(shares))
         for number in track(numbers, "gradual pruning") if progress else numbers:
             rows = gradients(now, left)
-            columns = rows_of(rows).shape[1]
+            columns = rows.shape[1] if isinstance(rows, BlockFisher) else rows_of(rows).shape[1]
             if columns != d:
                 msg = f"gradients must return rows of {d} columns, one a weight, got {columns}"
                 raise ValueError(msg)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, send
 from mfac_core._operators.base import SymmetricOperator
+from mfac_core._operators.online import BlockFisher
 from mfac_core._progress import track
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import rows_of
@@ -21,7 +24,7 @@ from mfac_core.pruning._model import QuadraticModel
 from mfac_core.pruning._patterns import Budget, Pattern, pattern_of, schedule
 
 WORTH_SAYING = 0.25
-"""Share of the weights that were to go from which on it is said that groups let none of them."""
+"""Share of the weights left that were to go from which on it is said that groups let none of them."""
 
 
 class _Pruned(NamedTuple):
@@ -50,7 +53,7 @@ class PrunedWeights(_Pruned):
     layers: tuple[LayerShare, ...] = ()
 
 
-def saliency(weights: Array, inverse: SymmetricOperator) -> Array:
+def saliency(weights: Array, inverse: SymmetricOperator, *, reduce: Reduce | None = None) -> Array:
     """Return wᵢ² / (2 [F⁻¹]ᵢᵢ): the rise of the loss when weight i alone is removed.
 
     The other weights are taken to move to their best values. This is the saliency of the optimal
@@ -62,6 +65,9 @@ def saliency(weights: Array, inverse: SymmetricOperator) -> Array:
         Of the gradients' library and device.
     inverse : InverseFisher, BlockInverseFisher or SlidingInverseFisher
         The inverse Fisher matrix.
+    reduce : callable, optional
+        For weights that are spread over ranks, where ``inverse`` was made with it: the saliencies
+        of a rank's weights need no other rank, but all of them must be finite.
 
     Returns
     -------
@@ -90,7 +96,13 @@ def saliency(weights: Array, inverse: SymmetricOperator) -> Array:
     """
     weights = check.vector_argument(weights, "weights", inverse.shape[0])
     check.beside(weights, "weights", inverse._like())
-    return weights * weights / (2.0 * inverse.diagonal())
+    scores = weights * weights / (2.0 * inverse.diagonal())
+    if reduce is not None:
+        wrong = not bool(array_namespace(scores).all(array_namespace(scores).isfinite(scores)))
+        if float(reduce(np.array([float(wrong)]))[0]):
+            msg = "weights must be finite on every rank, and on one or more they are not"
+            raise ValueError(msg)
+    return scores
 
 
 def obs_update(
@@ -110,7 +122,8 @@ def obs_update(
     weights : array, shape (d,)
         Real floating, of the gradients' library and device.
     gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
-        One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes.
+        One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes; or a
+        :class:`~mfac_core.BlockFisher`, the sums of gradients that were not stored.
     mask : array of bool, shape (d,)
         True where a weight is kept.
     damping : float
@@ -150,7 +163,7 @@ def obs_update(
     >>> obs_update(np.array([1.0, 1.0]), gradients, mask, damping=1.0)
     array([1.5, 0. ])
     """
-    rows = rows_of(gradients, reduce=reduce)
+    rows = _rows_argument(gradients, block_size, reduce)
     model = _model(rows, weights, gradient, damping, block_size)
     model.restrict(mask_argument(mask, rows.shape[1], model.home))
     return send(model.optimum()[0], weights, weights.dtype)
@@ -182,7 +195,8 @@ def prune(
     weights : array, shape (d,)
         Real floating, of the gradients' library and device. Not written to.
     gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
-        One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes.
+        One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes; or a
+        :class:`~mfac_core.BlockFisher`, the sums of gradients that were not stored.
     sparsity : float or sequence of float, optional
         Share of weights removed in the end, in [0, 1): over all weights, or one for each of
         ``layers``. May be left out for an "N:M" pattern, which has its own. Where whole groups
@@ -262,7 +276,7 @@ def prune(
     if not 0.0 <= floor <= 1.0:
         msg = f"floor must be a share in [0, 1], got {floor!r}"
         raise ValueError(msg)
-    rows = rows_of(gradients, reduce=reduce, progress=progress)
+    rows = _rows_argument(gradients, block_size, reduce, progress=progress)
     d = rows.shape[1]
     if layers is None:
         scope = "layer" if isinstance(sparsity, Sequence) else "global"
@@ -331,7 +345,7 @@ def _warn_of_nothing(
     for budget, _ in plan:
         now = _now(groups, before, budget)
         wanted = now - budget.stay
-        much = wanted > WORTH_SAYING * (budget.part.stop - budget.part.start)
+        much = wanted > WORTH_SAYING * now
         if much and _now(groups, after, budget) == now:
             where = f"{budget.part.start} to {budget.part.stop - 1}"
             warn(
@@ -341,8 +355,26 @@ def _warn_of_nothing(
             )
 
 
+def _rows_argument(
+    gradients: Any, block_size: Any, reduce: Reduce | None, *, progress: bool = False
+) -> Rows | BlockFisher:
+    """Check gradients, or sums of them."""
+    if not isinstance(gradients, BlockFisher):
+        return rows_of(gradients, reduce=reduce, progress=progress)
+    gradients.asked()
+    if block_size is not None:
+        sizes = check.block_sizes(block_size, gradients.shape[1])
+        if sizes != gradients.block_sizes:
+            msg = "block_size must be that of the BlockFisher, or left out"
+            raise ValueError(msg)
+    if reduce is not gradients.reduce:
+        msg = "reduce must be that of the BlockFisher; give it there"
+        raise ValueError(msg)
+    return gradients
+
+
 def _model(
-    rows: Rows,
+    rows: Rows | BlockFisher,
     weights: Array,
     gradient: Array | None,
     damping: float,

@@ -151,8 +151,8 @@ class BlockInverseFisher(BlockDiagonal):
     Parameters
     ----------
     gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
-        One gradient per row, of any storage that :class:`InverseFisher` takes. Blocks shorter
-        than m are inverted at once and need the gradients no more; longer ones hold them.
+        One gradient per row, of any storage that :class:`InverseFisher` takes. Blocks of up to 2m
+        are inverted at once and need the gradients no more; longer ones hold them.
     damping : float
         λ > 0.
     block_size : int or sequence of int
@@ -185,9 +185,11 @@ class BlockInverseFisher(BlockDiagonal):
 
     Notes
     -----
-    A block of length B < m is the B × B matrix λI + G_bᵀG_b/m, inverted in float64: in all d·B·m
-    multiplications, d·B numbers of float64 kept, and products that cost those. A block of length
-    B ≥ m goes by its dual, as :class:`InverseFisher` does. With fewer rows than the parameters'
+    A block of length B ≤ 2m is the B × B matrix λI + G_bᵀG_b/m, inverted in float64: in all d·B·m
+    multiplications, d·B numbers of float64 kept, and products that cost those. A longer one goes
+    by its dual, as :class:`InverseFisher` does. Blocks are worked on many at a time, on the host
+    in as many threads as there are cores (``OMP_NUM_THREADS`` where it is less), in products so
+    small that BLAS adds no threads of its own. With fewer rows than the parameters'
     own dimension asks for, small blocks are often the better estimate of the curvature.
 
     Examples
@@ -265,7 +267,7 @@ WIDE_BYTES = 1 << 24
 """Size of a block's gradients in float64 from which on it is worked through by itself."""
 
 
-def kinds(sizes: Sequence[int], m: int) -> Iterator[tuple[str, list[int]]]:
+def _kinds(sizes: Sequence[int], m: int) -> Iterator[tuple[str, list[int]]]:
     """Yield consecutive blocks that are treated alike, and how: "primal", "dual" or "wide".
 
     A block of B weights is cheaper as a matrix of its own up to about B = 2m: to multiply by its
@@ -285,7 +287,7 @@ def _inverses(rows: Rows, sizes: Sequence[int], damping: float) -> Iterator[Symm
     """Yield the inverses of consecutive blocks, many or one at a time."""
     start, m = 0, rows.shape[0]
     limit = ops.batch_bytes(ops.home(rows.like))
-    for kind, some in kinds(sizes, m):
+    for kind, some in _kinds(sizes, m):
         stop = start + sum(some)
         here = rows if stop - start == rows.shape[1] else rows.stretch(start, stop)
         plan = batches(some, m, limit)

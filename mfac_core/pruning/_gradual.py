@@ -86,8 +86,8 @@ def gradual(
         See :func:`prune`.
     mask : array of bool, shape (d,), optional
         True where a weight is kept so far; what is removed stays so.
-    layers : sequence of int, optional
-        Lengths that sum to d, for sparsities by layer.
+    layers : sequence of int or of tuple of int, optional
+        See :func:`prune`.
     damping : float
         λ > 0.
     block_size : int or sequence of int, optional
@@ -103,6 +103,12 @@ def gradual(
         does to removed weights is undone.
     start : int, default 0
         Number of steps already done.
+    scope : {"layer", "global"}, default "layer"
+        See :func:`prune`.
+    floor : float, default 0.0
+        See :func:`prune`.
+    reduce : callable, optional
+        See :func:`prune`.
     progress : bool, default False
         Show a bar over the steps, where tqdm is installed.
 

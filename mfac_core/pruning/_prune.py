@@ -24,7 +24,7 @@ from mfac_core.pruning._model import QuadraticModel
 from mfac_core.pruning._patterns import Budget, Pattern, pattern_of, schedule
 
 WORTH_SAYING = 0.25
-"""Share of the weights left that were to go from which on it is said that groups let none of them."""
+"""Share of the weights that were to go from which on it is said that groups let none."""
 
 
 class _Pruned(NamedTuple):
@@ -133,6 +133,9 @@ def obs_update(
     gradient : array, shape (d,), optional
         g, the mean gradient of the loss at ``weights``, where they are not at a minimum; for
         rows that are gradients of the loss of one sample each, the mean of the rows.
+    reduce : callable, optional
+        For weights that are spread over ranks, no block across two of them: sums a float64 NumPy
+        array over ranks.
 
     Returns
     -------
@@ -202,15 +205,19 @@ def prune(
         ``layers``. May be left out for an "N:M" pattern, which has its own. Where whole groups
         go, the nearest share that they allow.
     pattern : str, int or array of int, shape (d,), optional
-        "N:M" keeps N of every M adjacent weights. An array of labels removes all weights of one
+        "N:M" keeps N of every M adjacent weights: along axis 1, the input channels that sparse
+        tensor cores read, where ``layers`` has shapes, and what M leaves over there is not
+        pruned. An array of labels removes all weights of one
         label together, such as a row or a filter, and never those with a negative label, such as
         biases; an int k is short for labels of k adjacent weights each. Groups go by the least
         joint saliency ½ w_Qᵀ([F⁻¹]_QQ)⁻¹w_Q, divided by their number of weights. By default
         single weights are removed.
     mask : array of bool, shape (d,), optional
         True where a weight is kept so far; what is removed stays so.
-    layers : sequence of int, optional
-        Lengths that sum to d, for sparsities by layer.
+    layers : sequence of int or of tuple of int, optional
+        Lengths or shapes of the layers, in all d weights. Each then has a budget of its own, or a
+        floor, see ``scope``; no group may lie across two. One-dimensional shapes, those of biases
+        and norms, are never pruned.
     damping : float
         λ > 0.
     block_size : int or sequence of int, optional
@@ -230,19 +237,35 @@ def prune(
         From a weight vector to a number. The result is then the best of several candidates under
         it: parts of the joint update, joint updates under larger damping, the independent update
         in one step, and the mask alone, so that it is never worse than any of these.
+    scope : {"layer", "global"}, default "layer"
+        Whether one ``sparsity`` is that of each of ``layers`` or of all of them together. Without
+        ``layers`` there is one.
+    floor : float, default 0.0
+        Share of each of ``layers`` that is kept at least; one weight is, whatever this says.
+    reduce : callable, optional
+        For weights that are spread over ranks, no block, group or layer across two of them: sums a
+        float64 NumPy array over ranks. Without ``layers``, or with ``scope="global"``, weights
+        are ranked over all ranks, and those of equal saliency go together.
     progress : bool, default False
-        Show a bar over the stages, where tqdm is installed.
+        Show a bar over the stages and the gradients, where tqdm is installed.
 
     Returns
     -------
     PrunedWeights
-        ``weights``, ``mask`` and ``loss_increase``.
+        ``weights``, ``mask`` and ``loss_increase``; and ``layers``, what is left of each.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its form, d not divisible by the pattern, or the sparsity below
-        what the mask already has or above what the pattern allows.
+        If an argument is not of its form, d not divisible by the pattern, a group across layers,
+        or the sparsity below what the mask already has or above what the pattern allows.
+
+    Warns
+    -----
+    UserWarning
+        If groups are so large that nothing is removed, where a quarter or more was to go.
+    scipy.linalg.LinAlgWarning
+        If λ is so small that float64 has few digits left of the inverse.
 
     Notes
     -----
@@ -250,7 +273,9 @@ def prune(
     Cholesky factor, up to r·m² for the masked Gram, and a few passes over G. In float64 the Gram
     comes from that of the stage before by taking off what was removed, where this is less: p·m²
     for p weights. A group of k weights costs the lesser of k²·m and m³ more. In blocks of B
-    weights a stage costs r·B², and the blocks d·B·m once.
+    weights a stage reads the gradients once, and costs r·m·min(m, r_b), with r_b what is left of
+    a block; where B < m the blocks are kept from stage to stage, up to 256 MB. Beside the
+    gradients there are a few vectors of length d, in float64 and on the gradients' device.
 
     The joint update is always that of the given weights for the mask of the stage: stages differ
     from one shot in the choice of weights alone.

@@ -1,6 +1,7 @@
 """Pruning over ranks: the same masks, to the bit, on one rank, two and three."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,12 @@ def pieces(size):
     """Whole blocks for each rank, unevenly."""
     blocks = D // SIZE
     stops = [0, *(round(blocks * (i + 1) ** 1.5 / size**1.5) * SIZE for i in range(size))]
-    return [slice(a, b) for a, b in zip(stops, stops[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(stops)]
 
 
-def on_ranks(size, body):
+def on_ranks(size, body, parts=None):
     ranks = Ranks(size)
-    parts = pieces(size)
+    parts = parts or pieces(size)
     return ranks.run(lambda rank: body(parts[rank], ranks.reduce))
 
 

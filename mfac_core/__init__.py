@@ -9,6 +9,7 @@ from mfac_core._operators.damping import DampingCurve as DampingCurve
 from mfac_core._operators.damping import choose_damping as choose_damping
 from mfac_core._operators.damping import damping_curve as damping_curve
 from mfac_core._operators.fisher import EmpiricalFisher as EmpiricalFisher
+from mfac_core._operators.online import BlockFisher as BlockFisher
 from mfac_core._operators.sliding import SlidingInverseFisher as SlidingInverseFisher
 from mfac_core._operators.sparse import SparseSlidingInverseFisher as SparseSlidingInverseFisher
 from mfac_core._operators.static import InverseFisher as InverseFisher
@@ -17,6 +18,7 @@ from mfac_core._operators.static import ihvp as ihvp
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockFisher",
     "BlockInverseFisher",
     "DampingCurve",
     "EmpiricalFisher",

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from cuda_on_cpu import Module, host_array, host_view
 
+from mfac_core import _arrays
 from mfac_core._arrays import Home, is_cupy_array, is_torch_array
 from mfac_core._ops import blocks, rows
 from mfac_core._ops.cuda import machine as cuda_machine
@@ -117,10 +118,14 @@ def torch_machine(monkeypatch):
     """Put a machine that holds PyTorch's tensors in the device's place, with a home of theirs."""
     from array_api_compat import torch as namespace
 
+    def home_of(x):
+        there = is_torch_array(x)
+        return Home(namespace, torch.device("cpu")) if there else _arrays.home_of(x)
+
     machine = HostMachine("check")
     monkeypatch.setattr(cuda_machine, "current", machine)
     for module in (base, rows, blocks):
-        monkeypatch.setattr(module, "home_of", lambda x: Home(namespace, torch.device("cpu")))
+        monkeypatch.setattr(module, "home_of", home_of)
     return machine
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, device, to_numpy
 from mfac_core._operators.base import Indices, SymmetricOperator
 from mfac_core._operators.dual_blocks import dual_blocks
-from mfac_core._operators.primal import inverse_primal
+from mfac_core._operators.online import BlockFisher
+from mfac_core._operators.primal import PrimalBlocks, inverse_primal
 from mfac_core._operators.static import InverseFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce, Rows
@@ -150,8 +151,8 @@ class BlockInverseFisher(BlockDiagonal):
     Parameters
     ----------
     gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
-        One gradient per row, of any storage that :class:`InverseFisher` takes. Blocks shorter
-        than m are inverted at once and need the gradients no more; longer ones hold them.
+        One gradient per row, of any storage that :class:`InverseFisher` takes. Blocks of up to 2m
+        are inverted at once and need the gradients no more; longer ones hold them.
     damping : float
         λ > 0.
     block_size : int or sequence of int
@@ -184,9 +185,11 @@ class BlockInverseFisher(BlockDiagonal):
 
     Notes
     -----
-    A block of length B < m is the B × B matrix λI + G_bᵀG_b/m, inverted in float64: in all d·B·m
-    multiplications, d·B numbers of float64 kept, and products that cost those. A block of length
-    B ≥ m goes by its dual, as :class:`InverseFisher` does. With fewer rows than the parameters'
+    A block of length B ≤ 2m is the B × B matrix λI + G_bᵀG_b/m, inverted in float64: in all d·B·m
+    multiplications, d·B numbers of float64 kept, and products that cost those. A longer one goes
+    by its dual, as :class:`InverseFisher` does. Blocks are worked on many at a time, on the host
+    in as many threads as there are cores (``OMP_NUM_THREADS`` where it is less), in products so
+    small that BLAS adds no threads of its own. With fewer rows than the parameters'
     own dimension asks for, small blocks are often the better estimate of the curvature.
 
     Examples
@@ -215,12 +218,56 @@ class BlockInverseFisher(BlockDiagonal):
         self.block_sizes = check.block_sizes(block_size, rows.shape[1])
         super().__init__(list(_inverses(rows, self.block_sizes, self.damping)), reduce)
 
+    @classmethod
+    def accumulate(
+        cls, gradients: Iterable[Any], *, damping: float, block_size: int | Sequence[int]
+    ) -> Self:
+        """Make the operator from gradients that are seen once and never stored.
+
+        Parameters
+        ----------
+        gradients : iterable of arrays of shape (m, d)
+            Any number of them, such as a generator over batches; each as the class takes.
+        damping : float
+            λ > 0.
+        block_size : int or sequence of int
+            See the class.
+
+        Returns
+        -------
+        BlockInverseFisher
+            The inverse of λI plus the mean of all rows' gᵀg, in blocks.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See the class.
+
+        See Also
+        --------
+        BlockFisher : The sums, to be added to or pruned from.
+        """
+        damping = check.damping(damping)
+        sums = BlockFisher(block_size=block_size)
+        for some in gradients:
+            sums.add(some)
+        sums.asked()
+        return cls._of_sums(sums, damping)
+
+    @classmethod
+    def _of_sums(cls, sums: BlockFisher, damping: float) -> Self:
+        operator = cls.__new__(cls)
+        operator.damping, operator.block_sizes = damping, sums.block_sizes
+        plan, stacks = sums.inverted(damping)
+        BlockDiagonal.__init__(operator, [PrimalBlocks(plan, stacks, sums.like)], sums.reduce)
+        return operator
+
 
 WIDE_BYTES = 1 << 24
 """Size of a block's gradients in float64 from which on it is worked through by itself."""
 
 
-def kinds(sizes: Sequence[int], m: int) -> Iterator[tuple[str, list[int]]]:
+def _kinds(sizes: Sequence[int], m: int) -> Iterator[tuple[str, list[int]]]:
     """Yield consecutive blocks that are treated alike, and how: "primal", "dual" or "wide".
 
     A block of B weights is cheaper as a matrix of its own up to about B = 2m: to multiply by its
@@ -240,7 +287,7 @@ def _inverses(rows: Rows, sizes: Sequence[int], damping: float) -> Iterator[Symm
     """Yield the inverses of consecutive blocks, many or one at a time."""
     start, m = 0, rows.shape[0]
     limit = ops.batch_bytes(ops.home(rows.like))
-    for kind, some in kinds(sizes, m):
+    for kind, some in _kinds(sizes, m):
         stop = start + sum(some)
         here = rows if stop - start == rows.shape[1] else rows.stretch(start, stop)
         plan = batches(some, m, limit)

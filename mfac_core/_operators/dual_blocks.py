@@ -32,8 +32,10 @@ class DualBlocks(BlockStacks):
     ----------
     rows : Rows
         The gradients of these blocks.
-    plan, stacks
-        The blocks and their R.
+    plan : sequence of Batch
+        The blocks.
+    stacks : list of list of array
+        Their R, (n, m, m) for each length of each batch.
     alpha, sign : float
         See above.
     damping, exponent : float
@@ -143,7 +145,24 @@ class DualBlocks(BlockStacks):
 
 
 def dual_blocks(rows: Rows, plan: Sequence[Batch], damping: float, p: float) -> DualBlocks:
-    """Return F_b^p of each block from its dual, in O(d·m² + blocks·m³)."""
+    """Return F_b^p of each block from its dual, in O(d·m² + blocks·m³).
+
+    Parameters
+    ----------
+    rows : Rows
+        The gradients of these blocks.
+    plan : sequence of Batch
+        The blocks.
+    damping : float
+        λ.
+    p : float
+        Any real number.
+
+    Returns
+    -------
+    DualBlocks
+        The operator.
+    """
     home, m = ops.home(rows.like), rows.shape[0]
 
     def factors(item: tuple[Batch, Array]) -> tuple[list[Array], bool]:

@@ -123,7 +123,13 @@ class BlockStacks(SymmetricOperator):
 
 @contextmanager
 def finite(rows: Rows) -> Iterator[None]:
-    """Say which rows are not finite, where a matrix of theirs is not."""
+    """Say which rows are not finite, where a matrix of theirs is not.
+
+    Parameters
+    ----------
+    rows : Rows
+        The gradients.
+    """
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             yield
@@ -132,14 +138,35 @@ def finite(rows: Rows) -> Iterator[None]:
 
 
 def by_group(owners: np.ndarray[Any, Any], some: Indices) -> Iterator[tuple[int, int, Indices]]:
-    """Yield batch, group and which of ``some`` indices they own."""
+    """Yield batch, group and which of ``some`` indices they own.
+
+    Parameters
+    ----------
+    owners : array, shape (4, k)
+        As ``BlockStacks._owners`` returns them.
+    some : array of int
+        Which of the k.
+
+    Yields
+    ------
+    tuple of int, int, array of int
+        Batch, group, and those of ``some`` within them.
+    """
     keys = owners[:2, some]
     for batch, group in np.unique(keys, axis=1).T:
         yield int(batch), int(group), some[(keys[0] == batch) & (keys[1] == group)]
 
 
 def warn_few_digits(what: str, damping: float) -> None:
-    """Warn that float64 has lost the digits of a result."""
+    """Warn that float64 has lost the digits of a result.
+
+    Parameters
+    ----------
+    what : str
+        The result.
+    damping : float
+        λ.
+    """
     warn(
         f"{what} has few right digits: damping {damping:g} is too small beside the gradients' "
         "squared norms for float64; raise it",

@@ -22,7 +22,7 @@ from mfac_core._ops import _block_host
 from mfac_core._ops.cuda import blocks as cuda_blocks
 from mfac_core._ops.cuda import machine as cuda_machine
 
-HOST_BYTES = 1 << 20
+HOST_BYTES = 1 << 21
 """Size of a batch on the host: what is computed of it stays in a core's cache."""
 
 DEVICE_BYTES = 1 << 26
@@ -182,6 +182,14 @@ def _triangles(where: Home, a: Array) -> Array | None:
     if not bool(where.xp.all(where.xp.isfinite(lower))):  # as CuPy marks a failure
         return None
     return where.xp.linalg.solve(lower, where.xp.broadcast_to(eye, a.shape))
+
+
+def inverts(where: Home, like: Array, size: int) -> bool:
+    """Whether :func:`inverses` takes blocks of this size of gradients like these."""
+    if where.is_numpy or not cuda_machine.current.holds(like):
+        return False
+    some = where.xp.zeros((1, size), dtype=like.dtype, device=where.device)
+    return cuda_blocks.serves_blocks(some, size)
 
 
 def inverses(where: Home, block: Array, size: int, damping: float) -> Array | None:

@@ -36,12 +36,12 @@ class Batch:
 def batches(sizes: Sequence[int], m: int, limit: int, start: int = 0) -> list[Batch]:
     """Cut blocks of these lengths into batches of about ``limit`` bytes in float64.
 
-    That is the size of the larger of their gradients, (m, width), and their matrices. Blocks of
-    one length are together whatever lies between them.
+    That is the size of their gradients, (m, width). Blocks of one length are together, whatever
+    lies between them.
     """
     lengths = np.asarray(sizes, np.int64)
     stops = np.cumsum(lengths)
-    number = np.cumsum(8 * lengths * np.maximum(lengths, m)) // limit
+    number = np.cumsum(8 * lengths * m) // limit
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(lengths)]
     result = []
     for first, last in pairwise(cuts):

@@ -8,6 +8,7 @@ from mfac_core.pruning._gradual import GradualStep as GradualStep
 from mfac_core.pruning._gradual import exponential_schedule as exponential_schedule
 from mfac_core.pruning._gradual import gradual as gradual
 from mfac_core.pruning._gradual import polynomial_schedule as polynomial_schedule
+from mfac_core.pruning._layers import LayerShare as LayerShare
 from mfac_core.pruning._prune import PrunedWeights as PrunedWeights
 from mfac_core.pruning._prune import obs_update as obs_update
 from mfac_core.pruning._prune import prune as prune
@@ -15,6 +16,7 @@ from mfac_core.pruning._prune import saliency as saliency
 
 __all__ = [
     "GradualStep",
+    "LayerShare",
     "PrunedWeights",
     "exponential_schedule",
     "gradual",

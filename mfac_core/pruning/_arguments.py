@@ -8,11 +8,12 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, is_array_api_obj, to_numpy
+from mfac_core._operators.online import BlockFisher
 from mfac_core._rows.base import Rows
 from mfac_core.pruning._kept import Mask
 
 
-def vector_argument(x: Array, name: str, rows: Rows) -> Array:
+def vector_argument(x: Array, name: str, rows: Rows | BlockFisher) -> Array:
     """Check a finite vector beside the gradients."""
     x = check.vector_argument(x, name, rows.shape[1])
     check.beside(x, name, rows.like)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send
+from mfac_core._operators.online import BlockFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._progress import track
 from mfac_core._rows.base import Reduce
@@ -85,8 +86,8 @@ def gradual(
         See :func:`prune`.
     mask : array of bool, shape (d,), optional
         True where a weight is kept so far; what is removed stays so.
-    layers : sequence of int, optional
-        Lengths that sum to d, for sparsities by layer.
+    layers : sequence of int or of tuple of int, optional
+        See :func:`prune`.
     damping : float
         λ > 0.
     block_size : int or sequence of int, optional
@@ -102,6 +103,12 @@ def gradual(
         does to removed weights is undone.
     start : int, default 0
         Number of steps already done.
+    scope : {"layer", "global"}, default "layer"
+        See :func:`prune`.
+    floor : float, default 0.0
+        See :func:`prune`.
+    reduce : callable, optional
+        See :func:`prune`.
     progress : bool, default False
         Show a bar over the steps, where tqdm is installed.
 
@@ -158,7 +165,7 @@ def gradual(
         numbers = range(start, len(shares))
         for number in track(numbers, "gradual pruning") if progress else numbers:
             rows = gradients(now, left)
-            columns = rows_of(rows).shape[1]
+            columns = rows.shape[1] if isinstance(rows, BlockFisher) else rows_of(rows).shape[1]
             if columns != d:
                 msg = f"gradients must return rows of {d} columns, one a weight, got {columns}"
                 raise ValueError(msg)

@@ -46,7 +46,8 @@ def half_squares(home: Home, matrices: Array, x: Array, lowest: Array, highest: 
         solved = _solved(home, matrices, x)
         half = xp.sum(x * solved, axis=1) / 2.0
     half = xp.where(xp.isfinite(half), half, highest)
-    return xp.clip(half, lowest, highest)
+    half = xp.where(half < highest, half, highest)
+    return xp.where(half > lowest, half, lowest)
 
 
 def _solved(home: Home, matrices: Array, x: Array) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mfac_core._arrays import Array
 from mfac_core._operators.blocked import WIDE_BYTES
+from mfac_core._operators.online import BlockFisher
 from mfac_core._operators.primal import fisher_blocks
 from mfac_core._operators.stacks import finite, warn_few_digits
 from mfac_core._ops import blocks as ops
@@ -77,10 +78,15 @@ class KeptFisher:
         Lengths of F's diagonal blocks; None for the whole of F.
     """
 
-    def __init__(self, rows: Rows, damping: float, sizes: Sequence[int] | None) -> None:
+    def __init__(
+        self, rows: Rows | BlockFisher, damping: float, sizes: Sequence[int] | None
+    ) -> None:
         self.home = ops.home(rows.like)
         self._damping = damping
-        self._stretches = list(_stretches(rows, damping, sizes))
+        if isinstance(rows, BlockFisher):
+            self._stretches: list[tuple[int, Stretch]] = [(0, SummedStretch(rows, damping))]
+        else:
+            self._stretches = list(_stretches(rows, damping, sizes))
         self._kept: Mask = None
 
     def restrict(self, kept: Mask) -> None:
@@ -143,7 +149,9 @@ class BlockStretch:
         self._rows, self._damping = rows, damping
         self._home = ops.home(rows.like)
         m = rows.shape[0]
-        self._short = max(sizes) < m
+        # A kernel goes from the gradients to the inverses at once.
+        by_kernel = ops.inverts(self._home, rows.like, max(sizes))
+        self._short = max(sizes) < m and not by_kernel
         self._plan = batches(sizes, m, ops.batch_bytes(self._home))
         self._fishers: list[list[Array]] = []
         self._room = 0
@@ -192,9 +200,42 @@ class BlockStretch:
                 yield batch, number < self._room, None, block
 
 
+class SummedStretch:
+    """Blocks that were summed as gradients arrived."""
+
+    def __init__(self, sums: BlockFisher, damping: float) -> None:
+        self.length = sums.shape[1]
+        self._sums, self._damping = sums, damping
+        self._home = ops.home(sums.like)
+
+    def visit(self, work: Visit[Result], kept: Mask, start: int) -> tuple[list[Result], bool]:
+        """See :class:`BlockStretch`."""
+
+        def on_batch(item: tuple[Batch, list[Array]]) -> Any:
+            batch, fishers = item
+            groups = [
+                FisherPart(
+                    self._home,
+                    fisher,
+                    gathered(self._home, kept[batch.columns], *group),
+                    self._damping,
+                )
+                for fisher, group in zip(fishers, batch.groups, strict=True)
+            ]
+            part = BlockPart(self._home, batch, groups)
+            return work(part, batch.columns), part.doubtful
+
+        done = ops.each(self._home, self._sums.matrices(self._damping), on_batch)
+        return [result for result, _ in done], any(doubt for _, doubt in done)
+
+
+Stretch: TypeAlias = FullPart | BlockStretch | SummedStretch
+"""Parts of one kind, side by side."""
+
+
 def _stretches(
     rows: Rows, damping: float, sizes: Sequence[int] | None
-) -> Iterator[tuple[int, FullPart | BlockStretch]]:
+) -> Iterator[tuple[int, Stretch]]:
     """Yield where each stretch begins, and it: blocks treated alike, or one long block."""
     start, m = 0, rows.shape[0]
     if sizes is None:
@@ -210,7 +251,9 @@ def _stretches(
         some = list(group)
         whole = start == 0 and sum(some) == rows.shape[1]
         if name != "long":
-            here = rows if whole else rows.stretch(start, start + sum(some))
+            # Without ranks: blocks are one rank's.
+            alone = whole and rows.reduce is None
+            here = rows if alone else rows.stretch(start, start + sum(some))
             yield start, BlockStretch(here, some, damping)
             start += sum(some)
             continue

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mfac_core._arrays import Array
+from mfac_core._operators.online import BlockFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows
 from mfac_core.pruning._kept import KeptFisher, Mask, Part, Vector
@@ -25,7 +26,7 @@ class QuadraticModel:
 
     Parameters
     ----------
-    rows : Rows
+    rows : Rows or BlockFisher
         G of F = λI + GᵀG/m.
     weights : array, shape (d,)
         w, of the gradients' library; never widened as a whole.
@@ -39,7 +40,7 @@ class QuadraticModel:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Rows | BlockFisher,
         weights: Array,
         gradient: Array | None,
         damping: float,

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, send
 from mfac_core._operators.base import SymmetricOperator
+from mfac_core._operators.online import BlockFisher
 from mfac_core._progress import track
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import rows_of
@@ -21,7 +24,7 @@ from mfac_core.pruning._model import QuadraticModel
 from mfac_core.pruning._patterns import Budget, Pattern, pattern_of, schedule
 
 WORTH_SAYING = 0.25
-"""Share of the weights that were to go from which on it is said that groups let none of them."""
+"""Share of the weights that were to go from which on it is said that groups let none."""
 
 
 class _Pruned(NamedTuple):
@@ -50,7 +53,7 @@ class PrunedWeights(_Pruned):
     layers: tuple[LayerShare, ...] = ()
 
 
-def saliency(weights: Array, inverse: SymmetricOperator) -> Array:
+def saliency(weights: Array, inverse: SymmetricOperator, *, reduce: Reduce | None = None) -> Array:
     """Return wᵢ² / (2 [F⁻¹]ᵢᵢ): the rise of the loss when weight i alone is removed.
 
     The other weights are taken to move to their best values. This is the saliency of the optimal
@@ -62,6 +65,9 @@ def saliency(weights: Array, inverse: SymmetricOperator) -> Array:
         Of the gradients' library and device.
     inverse : InverseFisher, BlockInverseFisher or SlidingInverseFisher
         The inverse Fisher matrix.
+    reduce : callable, optional
+        For weights that are spread over ranks, where ``inverse`` was made with it: the saliencies
+        of a rank's weights need no other rank, but all of them must be finite.
 
     Returns
     -------
@@ -90,7 +96,13 @@ def saliency(weights: Array, inverse: SymmetricOperator) -> Array:
     """
     weights = check.vector_argument(weights, "weights", inverse.shape[0])
     check.beside(weights, "weights", inverse._like())
-    return weights * weights / (2.0 * inverse.diagonal())
+    scores = weights * weights / (2.0 * inverse.diagonal())
+    if reduce is not None:
+        wrong = not bool(array_namespace(scores).all(array_namespace(scores).isfinite(scores)))
+        if float(reduce(np.array([float(wrong)]))[0]):
+            msg = "weights must be finite on every rank, and on one or more they are not"
+            raise ValueError(msg)
+    return scores
 
 
 def obs_update(
@@ -110,7 +122,8 @@ def obs_update(
     weights : array, shape (d,)
         Real floating, of the gradients' library and device.
     gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
-        One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes.
+        One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes; or a
+        :class:`~mfac_core.BlockFisher`, the sums of gradients that were not stored.
     mask : array of bool, shape (d,)
         True where a weight is kept.
     damping : float
@@ -120,6 +133,9 @@ def obs_update(
     gradient : array, shape (d,), optional
         g, the mean gradient of the loss at ``weights``, where they are not at a minimum; for
         rows that are gradients of the loss of one sample each, the mean of the rows.
+    reduce : callable, optional
+        For weights that are spread over ranks, no block across two of them: sums a float64 NumPy
+        array over ranks.
 
     Returns
     -------
@@ -150,7 +166,7 @@ def obs_update(
     >>> obs_update(np.array([1.0, 1.0]), gradients, mask, damping=1.0)
     array([1.5, 0. ])
     """
-    rows = rows_of(gradients, reduce=reduce)
+    rows = _rows_argument(gradients, block_size, reduce)
     model = _model(rows, weights, gradient, damping, block_size)
     model.restrict(mask_argument(mask, rows.shape[1], model.home))
     return send(model.optimum()[0], weights, weights.dtype)
@@ -182,21 +198,26 @@ def prune(
     weights : array, shape (d,)
         Real floating, of the gradients' library and device. Not written to.
     gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
-        One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes.
+        One gradient per row, of any storage that :class:`~mfac_core.InverseFisher` takes; or a
+        :class:`~mfac_core.BlockFisher`, the sums of gradients that were not stored.
     sparsity : float or sequence of float, optional
         Share of weights removed in the end, in [0, 1): over all weights, or one for each of
         ``layers``. May be left out for an "N:M" pattern, which has its own. Where whole groups
         go, the nearest share that they allow.
     pattern : str, int or array of int, shape (d,), optional
-        "N:M" keeps N of every M adjacent weights. An array of labels removes all weights of one
+        "N:M" keeps N of every M adjacent weights: along axis 1, the input channels that sparse
+        tensor cores read, where ``layers`` has shapes, and what M leaves over there is not
+        pruned. An array of labels removes all weights of one
         label together, such as a row or a filter, and never those with a negative label, such as
         biases; an int k is short for labels of k adjacent weights each. Groups go by the least
         joint saliency ½ w_Qᵀ([F⁻¹]_QQ)⁻¹w_Q, divided by their number of weights. By default
         single weights are removed.
     mask : array of bool, shape (d,), optional
         True where a weight is kept so far; what is removed stays so.
-    layers : sequence of int, optional
-        Lengths that sum to d, for sparsities by layer.
+    layers : sequence of int or of tuple of int, optional
+        Lengths or shapes of the layers, in all d weights. Each then has a budget of its own, or a
+        floor, see ``scope``; no group may lie across two. One-dimensional shapes, those of biases
+        and norms, are never pruned.
     damping : float
         λ > 0.
     block_size : int or sequence of int, optional
@@ -216,19 +237,35 @@ def prune(
         From a weight vector to a number. The result is then the best of several candidates under
         it: parts of the joint update, joint updates under larger damping, the independent update
         in one step, and the mask alone, so that it is never worse than any of these.
+    scope : {"layer", "global"}, default "layer"
+        Whether one ``sparsity`` is that of each of ``layers`` or of all of them together. Without
+        ``layers`` there is one.
+    floor : float, default 0.0
+        Share of each of ``layers`` that is kept at least; one weight is, whatever this says.
+    reduce : callable, optional
+        For weights that are spread over ranks, no block, group or layer across two of them: sums a
+        float64 NumPy array over ranks. Without ``layers``, or with ``scope="global"``, weights
+        are ranked over all ranks, and those of equal saliency go together.
     progress : bool, default False
-        Show a bar over the stages, where tqdm is installed.
+        Show a bar over the stages and the gradients, where tqdm is installed.
 
     Returns
     -------
     PrunedWeights
-        ``weights``, ``mask`` and ``loss_increase``.
+        ``weights``, ``mask`` and ``loss_increase``; and ``layers``, what is left of each.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its form, d not divisible by the pattern, or the sparsity below
-        what the mask already has or above what the pattern allows.
+        If an argument is not of its form, d not divisible by the pattern, a group across layers,
+        or the sparsity below what the mask already has or above what the pattern allows.
+
+    Warns
+    -----
+    UserWarning
+        If groups are so large that nothing is removed, where a quarter or more was to go.
+    scipy.linalg.LinAlgWarning
+        If λ is so small that float64 has few digits left of the inverse.
 
     Notes
     -----
@@ -236,7 +273,9 @@ def prune(
     Cholesky factor, up to r·m² for the masked Gram, and a few passes over G. In float64 the Gram
     comes from that of the stage before by taking off what was removed, where this is less: p·m²
     for p weights. A group of k weights costs the lesser of k²·m and m³ more. In blocks of B
-    weights a stage costs r·B², and the blocks d·B·m once.
+    weights a stage reads the gradients once, and costs r·m·min(m, r_b), with r_b what is left of
+    a block; where B < m the blocks are kept from stage to stage, up to 256 MB. Beside the
+    gradients there are a few vectors of length d, in float64 and on the gradients' device.
 
     The joint update is always that of the given weights for the mask of the stage: stages differ
     from one shot in the choice of weights alone.
@@ -262,7 +301,7 @@ def prune(
     if not 0.0 <= floor <= 1.0:
         msg = f"floor must be a share in [0, 1], got {floor!r}"
         raise ValueError(msg)
-    rows = rows_of(gradients, reduce=reduce, progress=progress)
+    rows = _rows_argument(gradients, block_size, reduce, progress=progress)
     d = rows.shape[1]
     if layers is None:
         scope = "layer" if isinstance(sparsity, Sequence) else "global"
@@ -331,7 +370,7 @@ def _warn_of_nothing(
     for budget, _ in plan:
         now = _now(groups, before, budget)
         wanted = now - budget.stay
-        much = wanted > WORTH_SAYING * (budget.part.stop - budget.part.start)
+        much = wanted > WORTH_SAYING * now
         if much and _now(groups, after, budget) == now:
             where = f"{budget.part.start} to {budget.part.stop - 1}"
             warn(
@@ -341,8 +380,26 @@ def _warn_of_nothing(
             )
 
 
+def _rows_argument(
+    gradients: Any, block_size: Any, reduce: Reduce | None, *, progress: bool = False
+) -> Rows | BlockFisher:
+    """Check gradients, or sums of them."""
+    if not isinstance(gradients, BlockFisher):
+        return rows_of(gradients, reduce=reduce, progress=progress)
+    gradients.asked()
+    if block_size is not None:
+        sizes = check.block_sizes(block_size, gradients.shape[1])
+        if sizes != gradients.block_sizes:
+            msg = "block_size must be that of the BlockFisher, or left out"
+            raise ValueError(msg)
+    if reduce is not gradients.reduce:
+        msg = "reduce must be that of the BlockFisher; give it there"
+        raise ValueError(msg)
+    return gradients
+
+
 def _model(
-    rows: Rows,
+    rows: Rows | BlockFisher,
     weights: Array,
     gradient: Array | None,
     damping: float,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mfac_core._ops import _widened
 from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
 
 NDArray = np.ndarray[Any, Any]
@@ -31,7 +32,7 @@ def _blocks(g: NDArray, work: Any, width: int) -> Iterator[tuple[slice, NDArray]
         block = g[:, columns]
         if buffer is not None:
             wide = buffer[:, : block.shape[1]]
-            np.copyto(wide, block)
+            _widened.widen(block, wide)
             block = wide
         yield columns, block
 

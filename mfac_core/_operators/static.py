@@ -141,16 +141,13 @@ class InverseFisher(DampedInverse):
         Raises
         ------
         TypeError, ValueError
-            See the class; and if ``gram`` is not a finite matrix of shape (m, m).
+            See the class; and if ``gram`` is not a finite symmetric matrix of shape (m, m), such as
+            the triangle that BLAS's syrk returns.
         """
         operator = cls.__new__(cls)
         operator._damping = check.damping(damping)
         rows = rows_of(gradients, reduce=reduce, progress=progress)
-        gram = rows.home.receive(check.array_argument(gram, "gram"))
-        m = rows.shape[0]
-        if tuple(gram.shape) != (m, m) or not bool(rows.home.xp.all(rows.home.xp.isfinite(gram))):
-            msg = f"gram must be a finite matrix of shape {(m, m)}, got shape {tuple(gram.shape)}"
-            raise ValueError(msg)
+        gram = rows.home.receive(check.gram_argument(gram, rows.shape[0]))
         operator.gradients = gradients
         operator._start(rows, rows.home.xp.asarray(gram, copy=True), checked=True)
         return operator

@@ -48,6 +48,17 @@ def gram(g: NDArray, *, exact: bool, width: int) -> NDArray:
     return total
 
 
+def cross_gram(g: NDArray, h: NDArray, *, exact: bool, width: int) -> NDArray:
+    """See :func:`mfac_core._ops.rows.cross_gram`."""
+    work, width = _work(g, exact), min(width, GRAM_COLUMNS)
+    total = np.zeros((g.shape[0], h.shape[0]))
+    for (_, block), (_, other) in zip(
+        _blocks(g, work, width), _blocks(h, work, width), strict=True
+    ):
+        total += block @ other.T
+    return total
+
+
 def project(g: NDArray, x: NDArray, *, exact: bool, width: int) -> NDArray:
     """See :func:`mfac_core._ops.rows.project`."""
     work = _work(g, exact)

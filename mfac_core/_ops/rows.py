@@ -41,6 +41,11 @@ def gram(g: Array, *, exact: bool, home: Home) -> Array:
     return _generic.gram(g, exact=exact, width=width, home=home)
 
 
+def cross_gram(g: Array, h: Array, *, exact: bool) -> Array:
+    """G Hᵀ as float64, for two NumPy arrays of as many columns."""
+    return _blas.cross_gram(g, h, exact=exact, width=wide_columns(g.shape[0] + h.shape[0]))
+
+
 def project(g: Array, x: Array, *, exact: bool, home: Home) -> Array:
     """G x as float64 in ``home``, for x of shape (d,) or (d, k); one read of G."""
     width = wide_columns(g.shape[0])

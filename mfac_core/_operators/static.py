@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any, Literal, Self
 
@@ -12,7 +13,7 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, is_traced, promote, send, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._jax import traced
-from mfac_core._operators import digits
+from mfac_core._operators import autograd, digits
 from mfac_core._operators.base import Indices
 from mfac_core._operators.damping import damping_of
 from mfac_core._operators.guard import Lock
@@ -291,7 +292,8 @@ def ihvp(gradients: Any, x: Any, *, damping: float | Literal["auto"]) -> Any:
     -----
     d·m² + m³/3 multiplications and two passes over G. Works inside ``jax.jit`` and ``jax.vmap``,
     where values cannot be checked, Gram products stay in the gradients' dtype, and the m × m
-    system is solved in float64 on the host.
+    system is solved in float64 on the host. PyTorch and JAX differentiate it in ``x`` and in a
+    single array of ``gradients``, JAX in ``damping`` too.
 
     Examples
     --------
@@ -307,6 +309,13 @@ def ihvp(gradients: Any, x: Any, *, damping: float | Literal["auto"]) -> Any:
         if not is_traced(damping):
             damping = check.damping(damping)
         return traced.ihvp(gradients, x, damping)
+    autograd.refuse("gradients", gradients)
+    if not autograd.is_recorded(gradients):
+        return _ihvp(gradients, x, damping)
+    return autograd.solved(functools.partial(_ihvp, damping=damping), gradients, x)
+
+
+def _ihvp(gradients: Any, x: Any, damping: float | Literal["auto"]) -> Any:
     rows = rows_of(gradients)
     rows.columns_argument(x, "x", (1, 2))  # before the work
     if damping != "auto":

@@ -114,10 +114,12 @@ class _Block:
 
     def __init__(self, g: NDArray, work: Any, threads: int) -> None:
         self._g = g
-        self.stack = len(g) if threads == 1 else STACKED_ROWS
+        self.stack = max(len(g), 1) if threads == 1 else STACKED_ROWS
         self.rows = -(-len(g) // self.stack) * self.stack  # the last ones may be zero
         self._buffer = np.zeros((self.rows, min(BLOCK_COLUMNS, g.shape[1])), work)
-        self._stacks = self._buffer.reshape(-1, self.stack, self._buffer.shape[1])
+        self._stacks = self._buffer.reshape(
+            self.rows // self.stack, self.stack, self._buffer.shape[1]
+        )
 
     def stacked(self, columns: slice) -> NDArray:
         """Return these columns, widened, shape (stacks, stack, len(columns))."""

@@ -36,7 +36,7 @@ def test_every_bfloat16_keeps_its_value(wide):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(("m", "d"), [(1, 1), (3, 4097), (5, 20_001), (8, 6144)])
+@pytest.mark.parametrize(("m", "d"), [(0, 5), (1, 1), (3, 4097), (5, 20_001), (8, 6144)])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_products_with_vectors(monkeypatch, library, dtype, m, d, threads):

@@ -20,8 +20,11 @@ from array_api_compat import (
     device,
     is_array_api_obj,
     is_cupy_array,
+    is_dask_array,
     is_jax_array,
+    is_ndonnx_array,
     is_numpy_array,
+    is_pydata_sparse_array,
     is_torch_array,
     to_device,
 )
@@ -38,8 +41,10 @@ __all__ = [
     "home_of",
     "is_array_api_obj",
     "is_cupy_array",
+    "is_dask_array",
     "is_floating",
     "is_jax_array",
+    "is_lazy",
     "is_numpy_array",
     "is_torch_array",
     "is_traced",
@@ -56,6 +61,11 @@ def is_traced(*arrays: Array) -> bool:
     """Whether any array is a JAX tracer, that is, a value inside ``jit``, ``vmap`` or ``grad``."""
     jax = sys.modules.get("jax")
     return jax is not None and any(isinstance(a, jax.core.Tracer) for a in arrays)
+
+
+def is_lazy(x: Array) -> bool:
+    """Whether an array holds no values yet, or not all of them: Dask, ndonnx, pydata/sparse."""
+    return is_dask_array(x) or is_ndonnx_array(x) or is_pydata_sparse_array(x)
 
 
 def is_floating(x: Array) -> bool:

@@ -17,13 +17,18 @@ from mfac_core._arrays import (
     is_array_api_obj,
     is_floating,
     is_jax_array,
+    is_lazy,
     is_numpy_array,
     is_torch_array,
+    itemsize,
     to_numpy,
 )
 
 LARGEST_DAMPING = 1e100
 """Damping, and its inverse, beyond which its powers may leave float64."""
+
+LARGEST_ASYMMETRY = 2.0**-18
+"""Difference of [GGᵀ]ᵢⱼ and [GGᵀ]ⱼᵢ beside ‖gᵢ‖‖gⱼ‖ that float32 products may cause."""
 
 
 class NonFiniteError(ValueError):
@@ -36,6 +41,13 @@ def array_argument(x: Any, name: str) -> Array:
         msg = (
             f"{name} must be an array of NumPy, CuPy, PyTorch, JAX or another array-API library, "
             f"got {type(x).__name__}; convert it first, for example with numpy.asarray"
+        )
+        raise TypeError(msg)
+    if is_lazy(x):
+        msg = (
+            f"{name} must hold its values in memory, got {type(x).__module__}.{type(x).__name__}; "
+            "compute it first, or make it dense, as an array of NumPy, PyTorch or JAX (a single "
+            "Dask array of gradients is read in slices, beside NumPy vectors)"
         )
         raise TypeError(msg)
     if isinstance(x, np.ma.MaskedArray):
@@ -87,6 +99,26 @@ def sliceable_argument(source: Any) -> None:
     if not is_real:
         msg = f"gradients must be of dtype float16, float32 or float64, got {source.dtype}"
         raise TypeError(msg)
+
+
+def gram_argument(gram: Any, m: int, name: str = "gram") -> Array:
+    """Check a finite (m, m) matrix that is symmetric but for rounding."""
+    gram = array_argument(gram, name)
+    values = to_numpy(gram).astype(np.float64, copy=False)
+    if values.shape != (m, m) or not np.all(np.isfinite(values)):
+        msg = f"{name} must be a finite matrix of shape {(m, m)}, got shape {values.shape}"
+        raise ValueError(msg)
+    lengths = np.sqrt(np.abs(np.diagonal(values)))
+    largest = LARGEST_ASYMMETRY if itemsize(gram.dtype) > 2 else 2.0**-6
+    apart = np.abs(values - values.T) > largest * lengths[:, None] * lengths
+    if np.any(apart):
+        i, j = (int(k) for k in np.argwhere(apart)[0])
+        msg = (
+            f"{name} must be symmetric, got {values[i, j]:g} at ({i}, {j}) and {values[j, i]:g} at "
+            f"({j}, {i}); for a triangle T pass T + T.T - diag(diag(T))"
+        )
+        raise ValueError(msg)
+    return gram
 
 
 def nonfinite_message(rows: list[int], m: int) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send, to_numpy
+from mfac_core._operators import autograd
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -95,6 +96,30 @@ class SymmetricOperator(ABC):
             self._settle()
             return query(*arguments)
 
+    def _multiplied(
+        self, query: Callable[[Any], Any], x: Any, name: str, ndim: tuple[int, ...]
+    ) -> Any:
+        """Answer a product, as a part of PyTorch's graph where x is in one."""
+        autograd.refuse(name, x)
+        if not autograd.is_recorded(x):
+            return self._ask(query, self._checked(x, name, ndim))
+        version = self._version()
+
+        def product(z: Array) -> Array:
+            if self._version() != version:
+                msg = (
+                    "the operator has changed since the product that is differentiated; call "
+                    "backward before it changes"
+                )
+                raise RuntimeError(msg)
+            return self._ask(query, self._checked(z, name, ndim))
+
+        return autograd.multiplied(product, x)
+
+    def _version(self) -> Any:
+        """Return what differs once the operator has changed."""
+        return None
+
     @property
     def T(self) -> Self:
         """The transpose: the operator itself."""
@@ -147,7 +172,7 @@ class SymmetricOperator(ABC):
         ValueError
             If its shape or device is another.
         """
-        return self._ask(self._apply, self._checked(x, "x", (1,)))
+        return self._multiplied(self._apply, x, "x", (1,))
 
     def matmat(self, x: Array) -> Array:
         """Multiply a matrix of columns at the speed of matrix products.
@@ -162,7 +187,7 @@ class SymmetricOperator(ABC):
         array, shape (d, k)
             In the promoted dtype of ``x`` and the gradients.
         """
-        return self._ask(self._apply, self._checked(x, "x", (2,)))
+        return self._multiplied(self._apply, x, "x", (2,))
 
     def diagonal(self) -> Array:
         """Return the diagonal.
@@ -380,12 +405,12 @@ class SymmetricOperator(ABC):
         return self.matmat(x)
 
     def __matmul__(self, x: Array) -> Array:
-        return self._ask(self._apply, self._checked(x, "x", (1, 2)))
+        return self._multiplied(self._apply, x, "x", (1, 2))
 
     def __rmatmul__(self, x: Array) -> Array:
         if getattr(x, "ndim", 1) == 2:
-            return self._ask(self._apply, self._checked(x.T, "x.T", (2,))).T
-        return self._ask(self._apply, self._checked(x, "x", (1,)))
+            return self._multiplied(self._apply, x.T, "x.T", (2,)).T
+        return self._multiplied(self._apply, x, "x", (1,))
 
     def to_dense(self) -> Array:
         """Return the (d, d) matrix itself; for checks on small problems.

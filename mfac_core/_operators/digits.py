@@ -96,6 +96,8 @@ class Digits:
         λ; the dual's shift goes with it.
     checked : bool
         As given, until the dual changes.
+    steps : int
+        Rows exchanged.
     exact_steps : int
         Steps in float64 since float32 was last thought of.
     """
@@ -114,7 +116,7 @@ class Digits:
         self._largest_rounding = largest_rounding
         self._patience = patience
         self.checked = checked
-        self.exact_steps = 0
+        self.steps = self.exact_steps = 0
 
     # -- the Gram --------------------------------------------------------------------------
 
@@ -135,6 +137,7 @@ class Digits:
     def stepped(self) -> None:
         """Take note that a row was exchanged."""
         self.checked = False
+        self.steps += 1
         self.exact_steps += self.rows.exact
 
     def go_to_float64(self) -> None:

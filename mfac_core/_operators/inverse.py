@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,9 +69,10 @@ class DampedInverse(LowRankOperator):
         Notes
         -----
         Two passes over G and O(m²); each step of refinement costs two more passes, in float64.
+        PyTorch and JAX differentiate it in x, the gradients held being constants; of a window,
+        before it changes.
         """
-        x = self._checked(x, "x", (1,))
-        return self._ask(self._refined, x, _steps(refine)) if refine else self._ask(self._apply, x)
+        return self._multiplied(self._query(refine), x, "x", (1,))
 
     def matmat(self, x: Any, *, refine: int = 0) -> Any:
         """Return F⁻¹X for a matrix of columns, at the speed of matrix products.
@@ -86,8 +89,7 @@ class DampedInverse(LowRankOperator):
         array, shape (d, k)
             In the promoted dtype of ``x`` and the gradients.
         """
-        x = self._checked(x, "x", (2,))
-        return self._ask(self._refined, x, _steps(refine)) if refine else self._ask(self._apply, x)
+        return self._multiplied(self._query(refine), x, "x", (2,))
 
     def diagonal(self) -> Array:
         """Return diag F⁻¹ = (1 − Σₖ Wₖᵢ²) / λ with W = L⁻¹G, A = L Lᵀ.
@@ -128,9 +130,13 @@ class DampedInverse(LowRankOperator):
 
     # -- products --------------------------------------------------------------------------
 
+    def _query(self, refine: Any) -> Callable[[Any], Any]:
+        steps = check.integer(refine, "refine", minimum=0)
+        return functools.partial(self._refined, steps=steps) if steps else self._apply
+
     def _apply(self, x: Any) -> Any:
         if is_traced(first_of(x)):
-            return traced.apply(self._like(), x, self._damping, self._solve_traced)
+            return traced.apply(self._like(), x, self._damping, self._divisor, self._solve_traced)
         return self._digits.product("F⁻¹x", x, self._formula)
 
     def _formula(self, x: Any) -> Any:
@@ -244,7 +250,3 @@ class DampedInverse(LowRankOperator):
     def _logdet(self) -> float:
         self._digits.look_at_pivots("log det F⁻¹")
         return -self._fisher_logdet(self._dual.logdet())
-
-
-def _steps(refine: Any) -> int:
-    return check.integer(refine, "refine", minimum=0)

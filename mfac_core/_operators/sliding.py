@@ -504,6 +504,9 @@ class SlidingInverseFisher(DampedInverse):
     def _frozen(self) -> tuple[Rows, Array]:
         return self._rows.copy(), self._dual.gram
 
+    def _version(self) -> Any:
+        return self._digits, self._digits.steps, self._damping
+
     @property
     def _divisor(self) -> int:
         return self.window_size if self.normalization == "window" else max(len(self), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any, Literal, Self
 
@@ -12,16 +13,16 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, is_traced, promote, send, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._jax import traced
-from mfac_core._operators import digits
+from mfac_core._operators import autograd, digits
 from mfac_core._operators.base import Indices
 from mfac_core._operators.damping import damping_of
+from mfac_core._operators.fewer import PrimalOrDual, has_fewer_columns
 from mfac_core._operators.guard import Lock
-from mfac_core._operators.inverse import DampedInverse
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import ArrayRows, rows_of
 
 
-class InverseFisher(DampedInverse):
+class InverseFisher(PrimalOrDual):
     """The inverse of the damped empirical Fisher matrix F = λI + GᵀG/m as an operator.
 
     Factors the dual A = mλI + GGᵀ once, in float64, and answers every query with passes over G
@@ -69,11 +70,14 @@ class InverseFisher(DampedInverse):
     Notes
     -----
     Set-up costs d·m² multiplications for the Gram GGᵀ and m³/3 for its Cholesky factor; extra
-    memory is O(m²) and a bounded buffer. Products of float32 gradients run in float32 where the
-    condition of A allows it, and in float64 where it does not. Under the name of the static
-    algorithm of Frantar, Kurtic and Alistarh, "Efficient Matrix-Free Approximations of
-    Second-Order Information" (NeurIPS 2021, arXiv 2107.03356): its vectors are
-    v_k = (L⁻¹G)_k/λ and its scalars q_k = D_kk/λ for A = L D Lᵀ with unit lower triangular L.
+    memory is O(m²) and a bounded buffer. With fewer parameters than gradients (d < m) the d × d
+    matrix F itself is inverted instead: d²·m + d³ multiplications, O(m·d + d²) memory.
+
+    Products of float32 gradients run in float32 where the condition of A allows it, and in
+    float64 where it does not. Under the name of the static algorithm of Frantar, Kurtic and
+    Alistarh, "Efficient Matrix-Free Approximations of Second-Order Information" (NeurIPS 2021,
+    arXiv 2107.03356): its vectors are v_k = (L⁻¹G)_k/λ and its scalars q_k = D_kk/λ for A = L D
+    Lᵀ with unit lower triangular L.
 
     Examples
     --------
@@ -99,6 +103,10 @@ class InverseFisher(DampedInverse):
         given = None if damping == "auto" else check.damping(damping)
         self.gradients = gradients
         rows = rows_of(gradients, reduce=reduce, progress=progress)
+        if given is not None and not store_whitened and has_fewer_columns(rows):
+            self._damping, self._rows, self._lock = given, rows, Lock()
+            if self._invert(rows):
+                return
         gram = digits.finite_gram(rows)
         self._damping = damping_of(rows, to_numpy(gram)) if given is None else given
         self._start(rows, gram)
@@ -141,16 +149,13 @@ class InverseFisher(DampedInverse):
         Raises
         ------
         TypeError, ValueError
-            See the class; and if ``gram`` is not a finite matrix of shape (m, m).
+            See the class; and if ``gram`` is not a finite symmetric matrix of shape (m, m), such as
+            the triangle that BLAS's syrk returns.
         """
         operator = cls.__new__(cls)
         operator._damping = check.damping(damping)
         rows = rows_of(gradients, reduce=reduce, progress=progress)
-        gram = rows.home.receive(check.array_argument(gram, "gram"))
-        m = rows.shape[0]
-        if tuple(gram.shape) != (m, m) or not bool(rows.home.xp.all(rows.home.xp.isfinite(gram))):
-            msg = f"gram must be a finite matrix of shape {(m, m)}, got shape {tuple(gram.shape)}"
-            raise ValueError(msg)
+        gram = rows.home.receive(check.gram_argument(gram, rows.shape[0]))
         operator.gradients = gradients
         operator._start(rows, rows.home.xp.asarray(gram, copy=True), checked=True)
         return operator
@@ -189,6 +194,8 @@ class InverseFisher(DampedInverse):
         return self._ask(self._with_damping, check.damping(damping))
 
     def _with_damping(self, damping: float) -> Self:
+        if self._primal is not None:
+            return type(self)(self.gradients, damping=damping, reduce=self._rows.reduce)
         other = self._of_rows(copy.copy(self._rows), damping, self._dual.gram, checked=False)
         if other._rows.exact and not self._rows.exact:
             self._rows.exact = True
@@ -209,6 +216,8 @@ class InverseFisher(DampedInverse):
             operator._start(rows, gram, checked=checked)
         return operator
 
+    _whitened: Rows | None = None
+
     _stored_diagonal: Array
     """With ``_whitened``."""
 
@@ -216,7 +225,7 @@ class InverseFisher(DampedInverse):
         """Factor the dual; a Gram that is ``checked`` is taken as it is."""
         self._lock = Lock()
         self._rows = rows
-        self._whitened: Rows | None = None
+        self._whitened = None
         self._dual = Dual(gram, self._divisor * self._damping, rows.home)
         self._digits = digits.Digits(
             rows, self._dual, self._damping, digits.LARGEST_STATIC_ROUNDING, checked=checked
@@ -224,14 +233,20 @@ class InverseFisher(DampedInverse):
         self._settle()
         self._dual.factor()
 
+    def _by_dual(self) -> None:
+        if not hasattr(self, "_dual"):
+            self._start(self._rows, digits.finite_gram(self._rows))
+
     @property
     def gram(self) -> Array:
         """G Gᵀ, shape (m, m), float64: a copy."""
+        self._by_dual()
         return self._rows.home.xp.asarray(self._dual.gram, copy=True)
 
     @property
     def dual(self) -> Array:
         """A = mλI + GGᵀ, shape (m, m), float64: a copy."""
+        self._by_dual()
         return self._dual.matrix()
 
     def _store_whitened(self) -> None:
@@ -259,6 +274,7 @@ class InverseFisher(DampedInverse):
         return np.where(rows == cols, diagonal[rows], values)
 
     def _frozen(self) -> tuple[Rows, Array]:
+        self._by_dual()
         return self._rows, self._dual.gram
 
 
@@ -295,7 +311,8 @@ def ihvp(gradients: Any, x: Any, *, damping: float | Literal["auto"]) -> Any:
     -----
     d·m² + m³/3 multiplications and two passes over G. Works inside ``jax.jit`` and ``jax.vmap``,
     where values cannot be checked, Gram products stay in the gradients' dtype, and the m × m
-    system is solved in float64 on the host.
+    system is solved in float64 on the host. PyTorch and JAX differentiate it in ``x`` and in a
+    single array of ``gradients``, JAX in ``damping`` too.
 
     Examples
     --------
@@ -311,8 +328,13 @@ def ihvp(gradients: Any, x: Any, *, damping: float | Literal["auto"]) -> Any:
         if not is_traced(damping):
             damping = check.damping(damping)
         return traced.ihvp(gradients, x, damping)
+    autograd.refuse("gradients", gradients)
+    if not autograd.is_recorded(gradients):
+        return _ihvp(gradients, x, damping)
+    return autograd.solved(functools.partial(_ihvp, damping=damping), gradients, x)
+
+
+def _ihvp(gradients: Any, x: Any, damping: float | Literal["auto"]) -> Any:
     rows = rows_of(gradients)
     rows.columns_argument(x, "x", (1, 2))  # before the work
-    if damping != "auto":
-        return InverseFisher._of_rows(rows, check.damping(damping)) @ x
-    return InverseFisher(gradients, damping="auto") @ x
+    return InverseFisher(gradients, damping=damping) @ x

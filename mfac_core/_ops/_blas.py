@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mfac_core._ops import _widened
 from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
 
 NDArray = np.ndarray[Any, Any]
@@ -31,7 +32,7 @@ def _blocks(g: NDArray, work: Any, width: int) -> Iterator[tuple[slice, NDArray]
         block = g[:, columns]
         if buffer is not None:
             wide = buffer[:, : block.shape[1]]
-            np.copyto(wide, block)
+            _widened.widen(block, wide)
             block = wide
         yield columns, block
 
@@ -44,6 +45,17 @@ def gram(g: NDArray, *, exact: bool, width: int) -> NDArray:
     for _, block in _blocks(g, work, min(width, GRAM_COLUMNS)):
         # NumPy recognises a product with its own transpose: half the work of a general one.
         total += np.matmul(block, block.T, out=part)
+    return total
+
+
+def cross_gram(g: NDArray, h: NDArray, *, exact: bool, width: int) -> NDArray:
+    """See :func:`mfac_core._ops.rows.cross_gram`."""
+    work, width = _work(g, exact), min(width, GRAM_COLUMNS)
+    total = np.zeros((g.shape[0], h.shape[0]))
+    for (_, block), (_, other) in zip(
+        _blocks(g, work, width), _blocks(h, work, width), strict=True
+    ):
+        total += block @ other.T
     return total
 
 

@@ -16,7 +16,7 @@ def wide_columns(m: int) -> int:
     return max(64, WIDE_BYTES // (8 * max(m, 1)))
 
 
-def column_slices(d: int, width: int) -> Iterator[slice]:
-    """Yield slices that cover ``range(d)``, each of ``width`` but perhaps the last."""
-    for start in range(0, d, width):
-        yield slice(start, min(start + width, d))
+def column_slices(d: int, width: int, start: int = 0) -> Iterator[slice]:
+    """Yield slices that cover ``range(start, d)``, each of ``width`` but perhaps the last."""
+    for first in range(start, d, width):
+        yield slice(first, min(first + width, d))

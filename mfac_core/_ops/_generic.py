@@ -11,8 +11,10 @@ from mfac_core._arrays import (
     Array,
     Home,
     array_namespace,
+    device,
     is_jax_array,
     is_numpy_array,
+    is_torch_array,
     itemsize,
     send,
     to_numpy,
@@ -21,6 +23,9 @@ from mfac_core._arrays import (
 from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
 
 EVERYTHING = slice(None)
+
+BUFFERED_COLUMNS = 2048
+"""Columns widened at a time on the host: long enough to be read ahead, and still in cache."""
 
 
 def _matmul(a: Array, b: Array) -> Array:
@@ -52,8 +57,30 @@ def _wide_blocks(g: Array, exact: bool, width: int) -> Iterator[tuple[slice, Arr
     if itemsize(g.dtype) == 8 or (itemsize(g.dtype) == 4 and not exact):
         yield EVERYTHING, g
         return
+    if is_torch_array(g) and device(g).type == "cpu":
+        yield from _buffered(g, exact, min(width, BUFFERED_COLUMNS))
+        return
     for columns in column_slices(g.shape[1], width):
         yield columns, _wide(g[:, columns], exact)
+
+
+def _buffered(g: Array, exact: bool, width: int) -> Iterator[tuple[slice, Array]]:
+    """Yield widened blocks of a tensor on the host in one buffer, which stays in cache."""
+    torch = sys.modules["torch"]
+    width = min(width, g.shape[1])
+    work = torch.float64 if exact or g.dtype == torch.float64 else torch.float32
+    buffer = torch.empty((g.shape[0], width), dtype=work)
+    # PyTorch takes two steps from 16 bits to float64 for one element, and one by one.
+    narrow = torch.empty_like(buffer, dtype=torch.float32) if _is_two_steps(g, work) else None
+    for columns in column_slices(g.shape[1], width):
+        block, wide = g[:, columns], buffer[:, : columns.stop - columns.start]
+        if narrow is not None:
+            block = narrow[:, : wide.shape[1]].copy_(block)
+        yield columns, wide.copy_(block)
+
+
+def _is_two_steps(g: Array, work: Any) -> bool:
+    return itemsize(g.dtype) == 2 and itemsize(work) == 8
 
 
 def gram(g: Array, *, exact: bool, width: int, home: Home) -> Array:

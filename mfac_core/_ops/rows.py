@@ -23,9 +23,10 @@ from mfac_core._arrays import (
     home_of,
     is_jax_array,
     is_numpy_array,
+    send,
     to_numpy,
 )
-from mfac_core._ops import _blas, _generic
+from mfac_core._ops import _blas, _generic, _widened
 from mfac_core._ops._blocks import column_slices as column_slices
 from mfac_core._ops._blocks import wide_columns as wide_columns
 from mfac_core._ops.cuda import passes as cuda_passes
@@ -40,9 +41,17 @@ def gram(g: Array, *, exact: bool, home: Home) -> Array:
     return _generic.gram(g, exact=exact, width=width, home=home)
 
 
+def cross_gram(g: Array, h: Array, *, exact: bool) -> Array:
+    """G Hᵀ as float64, for two NumPy arrays of as many columns."""
+    return _blas.cross_gram(g, h, exact=exact, width=wide_columns(g.shape[0] + h.shape[0]))
+
+
 def project(g: Array, x: Array, *, exact: bool, home: Home) -> Array:
     """G x as float64 in ``home``, for x of shape (d,) or (d, k); one read of G."""
     width = wide_columns(g.shape[0])
+    if _widened.serves(g, x, exact=exact):
+        work = np.float64 if exact else np.float32
+        return home.receive(_widened.project(_widened.bits(g), to_numpy(x), work))
     if is_numpy_array(g):
         return _blas.project(g, x, exact=exact, width=width)
     if cuda_passes.serves_product(g, x):
@@ -58,6 +67,11 @@ def combine(
     With a ``dtype``, an array of the gradients' library; with None, as computed.
     """
     width = wide_columns(g.shape[0])
+    if _widened.serves(g, c, exact=exact):
+        weights = to_numpy(c).astype(np.float64 if exact else np.float32, copy=False)
+        added = None if base is None else to_numpy(base)
+        out = _widened.combine(_widened.bits(g), weights, added, alpha)
+        return send(out, g, home_of(g).xp.float64 if dtype is None else dtype)
     if is_numpy_array(g):
         return _blas.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
     if cuda_passes.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):

@@ -242,6 +242,10 @@ class Rows(ABC):
             for columns in ops.column_slices(part.shape[1], ops.wide_columns(part.shape[0])):
                 finite = xp.all(xp.isfinite(part[:, columns]), axis=1)
                 found += ~to_numpy(finite)[: self.used]
+        return self._found(found)
+
+    def _found(self, found: np.ndarray[Any, Any]) -> list[int]:
+        """Return the indices of what was found, on any rank."""
         if self.reduce is not None:
             found = self.reduce(found)
         return [int(i) for i in np.flatnonzero(found)]

@@ -35,7 +35,7 @@ class SharedRing(ArrayRing):
         counted = self.array[: self.used, : self._counted]
         return self.summed(ops.gram(counted, exact=exact or self.exact, home=self.home))
 
-    def _project(self, x: Array, exact: bool) -> Array:
+    def _project(self, x: Any, exact: bool) -> Array:
         counted = self.array[: self.used, : self._counted]
         return self.summed(
             ops.project(counted, x[: self._counted, ...], exact=exact, home=self.home)

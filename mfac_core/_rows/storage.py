@@ -1,4 +1,4 @@
-"""Where gradients live: one array, parts side by side, or a file read by slices."""
+"""Where gradients live: one array, or parts side by side; and which storage takes what."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from mfac_core._arrays import (
     Array,
     array_namespace,
     is_array_api_obj,
+    is_dask_array,
     is_jax_array,
     itemsize,
 )
 from mfac_core._ops import rows as ops
 from mfac_core._progress import track
 from mfac_core._rows.base import Columns, Reduce, Rows
-
-PART_BYTES = 1 << 25
-"""What is read of a file at a time, and the stride of a progress bar."""
+from mfac_core._rows.sliced import PART_BYTES, sliced_rows
 
 
 class ArrayRows(Rows):
@@ -46,7 +45,8 @@ class ArrayRows(Rows):
         array = self.array if whole else self.array[: self.used, :]
         if not self.progress:
             return ((slice(None), array),)
-        cuts = track(slices(array, self.shape), "gradients")
+        width = max(PART_BYTES // (itemsize(array.dtype) * max(self.used, 1)), 1)
+        cuts = track(list(ops.column_slices(self.shape[1], width)), "gradients")
         return ((columns, array[:, columns]) for columns in cuts)
 
     def take(self, indices: np.ndarray[Any, Any]) -> Array:
@@ -134,71 +134,14 @@ class SplitRows(Rows):
         return pieces
 
 
-class SlicedRows(Rows):
-    """Columns read by slices from anything with shape, dtype and ``source[:, a:b]``."""
-
-    def __init__(
-        self,
-        source: Any,
-        columns: slice | None = None,
-        *,
-        reduce: Reduce | None = None,
-        progress: bool = False,
-    ) -> None:
-        m, d = (int(n) for n in source.shape)
-        self._source = source
-        self._columns = slice(0, d) if columns is None else columns
-        self._progress = progress
-        width = self._columns.stop - self._columns.start
-        super().__init__(np.empty((0, 0), dtype=source.dtype), (m, width), reduce)
-
-    def parts(self) -> Iterator[tuple[slice, Array]]:
-        """Read slices, of whole chunks where the source is stored in chunks."""
-        cuts = slices(self.like, self.shape, getattr(self._source, "chunks", None))
-        for columns in track(cuts, "gradients") if self._progress else cuts:
-            yield columns, self._read(columns)
-
-    def take(self, indices: np.ndarray[Any, Any]) -> Array:
-        """See :meth:`Rows.take`."""
-        result = np.empty((self.used, len(indices)))
-        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)  # of runs read at once
-        for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True):
-            first = int(indices[start])
-            result[:, start:stop] = self._read(slice(first, first + int(stop - start)))
-        return result
-
-    def read(self, columns: slice) -> Array:
-        """See :meth:`Rows.read`."""
-        return self.home.receive(self._read(columns))
-
-    def stretch(self, start: int, stop: int) -> SlicedRows:
-        """See :meth:`Rows.stretch`."""
-        first = self._columns.start
-        columns = slice(first + start, first + stop)
-        return SlicedRows(self._source, columns, progress=self._progress)
-
-    def _read(self, columns: slice) -> np.ndarray[Any, Any]:
-        first = self._columns.start
-        part = np.asarray(self._source[:, first + columns.start : first + columns.stop])
-        expected = (self.used, columns.stop - columns.start)
-        if part.shape != expected:
-            msg = (
-                f"gradients[:, {first + columns.start}:{first + columns.stop}] must have shape "
-                f"{expected}, got {part.shape}; is the file complete?"
-            )
-            raise ValueError(msg)
-        return part
-
-
 def rows_of(gradients: Any, *, reduce: Reduce | None = None, progress: bool = False) -> Rows:
     """Check gradients, of whatever storage; finiteness is checked where they are first read."""
     if isinstance(gradients, (list, tuple)) and gradients and _are_arrays(gradients):
         return SplitRows(_parts_argument(gradients), reduce=reduce, progress=progress)
-    if not is_array_api_obj(gradients) and all(
-        hasattr(gradients, name) for name in ("shape", "dtype", "__getitem__")
-    ):
+    sliceable = all(hasattr(gradients, name) for name in ("shape", "dtype", "__getitem__"))
+    if is_dask_array(gradients) or (sliceable and not is_array_api_obj(gradients)):
         check.sliceable_argument(gradients)
-        return SlicedRows(gradients, reduce=reduce, progress=progress)
+        return sliced_rows(gradients, reduce=reduce, progress=progress)
     return ArrayRows(check.gradients_argument(gradients), reduce=reduce, progress=progress)
 
 
@@ -220,11 +163,3 @@ def _parts_argument(gradients: Any) -> list[Array]:
             )
             raise ValueError(msg)
     return parts
-
-
-def slices(like: Array, shape: tuple[int, int], chunks: Any = None) -> list[slice]:
-    """Cut d columns into slices of about ``PART_BYTES``, of whole chunks where there are any."""
-    width = max(PART_BYTES // (itemsize(like.dtype) * max(shape[0], 1)), 1)
-    if chunks is not None:
-        width = max(width // int(chunks[1]), 1) * int(chunks[1])
-    return list(ops.column_slices(shape[1], width))

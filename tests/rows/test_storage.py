@@ -73,7 +73,7 @@ def test_parts_on_two_devices_stay_there(g, rng):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("width", [7, 1000])
 def test_a_file_read_by_slices(g, rng, dtype, width, monkeypatch):
-    monkeypatch.setattr("mfac_core._rows.storage.PART_BYTES", width * 8 * np.dtype(dtype).itemsize)
+    monkeypatch.setattr("mfac_core._rows.sliced.PART_BYTES", width * 8 * np.dtype(dtype).itemsize)
     file = File(g.astype(dtype))
     exact = g.astype(dtype).astype("float64")
     bound = error_bound(exact, damping=0.1, dtype=dtype)
@@ -87,7 +87,7 @@ def test_a_file_read_by_slices(g, rng, dtype, width, monkeypatch):
 
 @pytest.mark.parametrize("chunks", [None, (8, 9), (2, 11)])
 def test_one_pass_reads_each_number_once(g, chunks, monkeypatch):
-    monkeypatch.setattr("mfac_core._rows.storage.PART_BYTES", 8 * 8 * 25)
+    monkeypatch.setattr("mfac_core._rows.sliced.PART_BYTES", 8 * 8 * 25)
     file = File(g, chunks)
     inverse = mfac.InverseFisher(file, damping=0.1)
     assert (file.read == 1).all()

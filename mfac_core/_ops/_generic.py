@@ -19,6 +19,7 @@ from mfac_core._arrays import (
     widen,
 )
 from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
+from mfac_core._ops._precision import full_float32
 
 EVERYTHING = slice(None)
 
@@ -26,7 +27,8 @@ EVERYTHING = slice(None)
 def _matmul(a: Array, b: Array) -> Array:
     if is_jax_array(a):  # the default on accelerators is a product of fewer bits
         return array_namespace(a).matmul(a, b, precision="highest")
-    return a @ b
+    with full_float32(a):
+        return a @ b
 
 
 def _like(x: Array, wide: Array) -> Array:

@@ -75,6 +75,8 @@ def is_floating(x: Array) -> bool:
         return bool(xp.issubdtype(x.dtype, xp.floating))
     if is_numpy_array(x):  # the standard leaves float16 out, longdouble too
         return x.dtype in (np.float16, np.float32, np.float64)
+    if is_cupy_array(x) and x.dtype.name == "bfloat16":  # of ml_dtypes, which isdtype refuses
+        return True
     return bool(xp.isdtype(x.dtype, "real floating"))
 
 

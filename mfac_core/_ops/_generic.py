@@ -21,6 +21,7 @@ from mfac_core._arrays import (
     widen,
 )
 from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
+from mfac_core._ops._precision import full_float32
 
 EVERYTHING = slice(None)
 
@@ -31,7 +32,8 @@ BUFFERED_COLUMNS = 2048
 def _matmul(a: Array, b: Array) -> Array:
     if is_jax_array(a):  # the default on accelerators is a product of fewer bits
         return array_namespace(a).matmul(a, b, precision="highest")
-    return a @ b
+    with full_float32(a):
+        return a @ b
 
 
 def _like(x: Array, wide: Array) -> Array:

@@ -11,8 +11,8 @@ Threads take turns forwards, backwards or at random: a kernel that depends on th
 itself away. What this cannot show is in ``docs/kernels.md``.
 """
 
-from .arrays import host_array, host_view
+from .arrays import host_array, host_view, untouched
 from .build import BuildError
 from .module import KernelError, Module
 
-__all__ = ["BuildError", "KernelError", "Module", "host_array", "host_view"]
+__all__ = ["BuildError", "KernelError", "Module", "host_array", "host_view", "untouched"]

@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 
-from .arrays import Guarded, host_view
+from .arrays import UNTOUCHED_BYTES, Guarded, host_view
 from .build import kernel_library, runtime_library
 
 KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(')
@@ -82,6 +82,7 @@ class Kernel:
 
     order = "forward"
     seed = 0
+    blocks = ()  # those of the grid that run, by their three numbers each; all where there are none
     max_dynamic_shared_size_bytes = 48 * 1024  # as on a GPU: more must be asked for
 
     def __init__(self, module, name):
@@ -124,6 +125,8 @@ class Kernel:
             )
         if not x.flags.c_contiguous:
             raise TypeError(f"{self.name}: argument {i} is not C-contiguous")
+        if x.nbytes >= UNTOUCHED_BYTES and self.module.mode == "fast":
+            return ctypes.c_void_p(x.ctypes.data)
         return Guarded(x, writable=wanted[0] == "p")
 
     def _number(self, i, value, wanted):
@@ -155,6 +158,8 @@ class Kernel:
             int(self.module.mode == "check"),
             buffers,
             len(arrays),
+            (ctypes.c_uint * (3 * len(self.blocks) + 1))(*(n for b in self.blocks for n in b)),
+            len(self.blocks),
             ctypes.c_void_p(self.module.begin),
             ctypes.c_void_p(self.module.end),
             report,

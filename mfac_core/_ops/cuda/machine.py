@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.resources
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from mfac_core._arrays import (
     is_torch_array,
     is_traced,
 )
+from mfac_core._warn import warn
 
 STORAGE = {
     "float32": "float",
@@ -79,8 +81,9 @@ class Machine:
             cuda = x.is_cuda and sys.modules["torch"].version.hip is None
             return cuda and self._cupy() is not None
         if is_jax_array(x) and not is_traced(x):
-            on_one = len(x.devices()) == 1 and next(iter(x.devices())).platform == "gpu"
-            return on_one and self._cupy() is not None
+            first, *others = x.devices()
+            cuda = first.platform == "gpu" and "cuda" in first.client.platform_version
+            return cuda and not others and self._cupy() is not None
         return False
 
     @functools.cached_property
@@ -105,13 +108,53 @@ class Machine:
         """Compile a source for the current device; CuPy keeps the result on disk."""
         return self._cupy().RawModule(code=code, options=given)
 
+    def compiles(self, dtype: str, x: Array) -> bool:
+        """Whether a kernel of this dtype can be compiled here, for the device of ``x``.
+
+        That takes NVRTC and, for the 16-bit types, CUDA's headers. Where they are missing, a
+        warning says once what to install.
+        """
+        if dtype not in self._compiled:
+            macros = {"X_T": STORAGE[dtype], "OUT_T": STORAGE[dtype]}
+            try:
+                with self.at(x):
+                    self.module(source("sum.cu"), options(macros)).compile()
+                self._compiled[dtype] = True
+            except Exception as error:  # of NVRTC, of the loader, of the file system
+                self._compiled[dtype] = False
+                reason = f"{type(error).__name__}: {str(error).strip()[-500:]}"
+                warn(
+                    f"CUDA kernels for {dtype} cannot be compiled, and the array library's own "
+                    "products take their place; install CuPy with what its compiler needs: "
+                    "python -m pip install 'cupy-cuda12x[ctk]' or 'cupy-cuda13x[ctk]', whichever "
+                    f"fits your driver. {reason}",
+                    RuntimeWarning,
+                )
+        return self._compiled[dtype]
+
+    @functools.cached_property
+    def _compiled(self) -> dict[str, bool]:
+        return {}
+
     def borrow(self, x: Array) -> Any:
-        """View an array on the device as CuPy's, by DLPack, without a copy."""
+        """View an array on the device as CuPy's, by DLPack, without a copy; only inside ``at``."""
         if is_cupy_array(x):
             return x
-        if is_torch_array(x) and dtype_name(x.dtype) == "bfloat16":  # kernels read only its bits
-            x = x.view(sys.modules["torch"].int16)
-        return self._cupy().from_dlpack(x)
+        if is_torch_array(x):
+            if dtype_name(x.dtype) == "bfloat16":  # kernels read only its bits
+                x = x.view(sys.modules["torch"].int16)
+            # The stream is PyTorch's own: nothing to wait for. (PyTorch refuses the per-thread
+            # default stream, which CuPy's from_dlpack may name for the null stream.)
+            return self._cupy().from_dlpack(x.__dlpack__(stream=-1))
+        # CuPy's stream waits for JAX's; DLPack writes 1 for the null stream.
+        stream = self._cupy().cuda.get_current_stream().ptr or 1
+        lent = self._cupy().from_dlpack(x.__dlpack__(stream=stream))
+        self._loans.taken.append(lent)
+        return lent
+
+    @functools.cached_property
+    def _loans(self) -> _Loans:
+        return _Loans()
 
     def contiguous(self, x: Array) -> Array:
         """Return an array on the device C-contiguous, copied only where it is not."""
@@ -151,6 +194,7 @@ class Machine:
         import cupyx
 
         with self.at(x):
+            self.refuse_capture()
             there = cupyx.empty_pinned(x.shape, dtype_name(x.dtype))
             self.borrow(x).get(out=there, blocking=False)
             event = self._cupy().cuda.Event(block=True, disable_timing=True)
@@ -162,20 +206,71 @@ class Machine:
 
         return look
 
+    def refuse_capture(self) -> None:
+        """Raise where the stream is being captured into a CUDA graph; only inside ``at``."""
+        if self._cupy().cuda.get_current_stream().is_capturing():
+            msg = (
+                "a step of a window cannot be captured into a CUDA graph: the host looks at what "
+                "the device found, and chooses where the next gradient goes; capture what comes "
+                "before and after the step"
+            )
+            raise RuntimeError(msg)
+
     @contextlib.contextmanager
     def at(self, x: Array) -> Iterator[None]:
         """Launch on the device of ``x``, and on the stream its library is using there."""
         cuda = self._cupy().cuda
         if is_cupy_array(x):
-            with x.device:
+            with cuda.Device(x.device.id):
                 yield
         elif is_torch_array(x):
-            stream = sys.modules["torch"].cuda.current_stream(x.device)
-            with cuda.Device(x.device.index), cuda.ExternalStream(stream.cuda_stream):
+            theirs = sys.modules["torch"].cuda.current_stream(x.device)
+            with (
+                cuda.Device(x.device.index),
+                cuda.Stream.from_external(_Lent(theirs.cuda_stream)),
+            ):
                 yield
         else:  # JAX orders its own streams with CuPy's where arrays change hands
-            with cuda.Device(next(iter(x.devices())).local_hardware_id):
+            with (
+                cuda.Device(next(iter(x.devices())).local_hardware_id),
+                self._loans.until_read(cuda),
+            ):
                 yield
+
+
+class _Lent:
+    """A stream of another library, by CUDA's stream protocol."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+class _Loans(threading.local):
+    """Buffers of JAX, each held until the kernels that read it have run.
+
+    JAX frees a buffer for its own stream as soon as nobody holds it, and does not know of CuPy's.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+        self._being_read: list[tuple[Any, list[Any]]] = []
+
+    @contextlib.contextmanager
+    def until_read(self, cuda: Any) -> Iterator[None]:
+        """Hold what is taken inside until the current stream has come to where this ends."""
+        self._being_read = [loan for loan in self._being_read if not loan[0].done]
+        outer, self.taken = self.taken, []
+        try:
+            yield
+        finally:
+            taken, self.taken = self.taken, outer
+            if taken:
+                event = cuda.Event(disable_timing=True)
+                event.record()
+                self._being_read.append((event, taken))
 
 
 current = Machine()

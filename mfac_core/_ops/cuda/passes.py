@@ -71,8 +71,10 @@ def serves_combination(g: Array, c: Array, base: Array | None) -> bool:
 
 def reaches(x: Array) -> bool:
     """Whether an array is on a CUDA device, of a dtype kernels know, and not empty."""
-    known = cuda_machine.current.holds(x) and dtype_name(x.dtype) in STORAGE
-    return known and 0 not in x.shape
+    name = dtype_name(x.dtype)
+    if name not in STORAGE or 0 in x.shape or not cuda_machine.current.holds(x):
+        return False
+    return cuda_machine.current.compiles(name, x)
 
 
 def is_contiguous(x: Array) -> bool:
@@ -92,6 +94,7 @@ def project(g: Array, x: Array, home: Home) -> Array:
 def exchange(g: Array, i: int, row: Array, home: Home) -> tuple[Array, Array]:
     """Set G[i] = row, of G's dtype; see :func:`mfac_core._ops.rows.exchange`."""
     with cuda_machine.current.at(g):
+        cuda_machine.current.refuse_capture()  # before anything is written
         row = cuda_machine.current.contiguous(row)
         norm2 = _project(row[None, :], row, None, None)
         products = _project(g, row, i, norm2)

@@ -112,6 +112,7 @@ void run_block(std::vector<int>& threads, int order, bool check) {
 }
 
 // ---- the launch: returns the number of errors, their text in `report` --------------------------------
+// Of all blocks of the grid or, where there are any, of the chosen ones (three numbers each).
 struct Buffer {
     void* begin;
     size_t size;
@@ -121,8 +122,9 @@ struct Buffer {
 extern "C" int cpu_launch(void (*kernel)(void**), void (*shared_range)(char**, char**),
                           void** arguments, const unsigned* grid, const unsigned* block,
                           size_t dynamic_bytes, int order, uint64_t seed, int check,
-                          const Buffer* buffers, int buffer_count, void* begin_of_image,
-                          void* end_of_image, char* report, int report_size) {
+                          const Buffer* buffers, int buffer_count, const unsigned* chosen,
+                          int chosen_count, void* begin_of_image, void* end_of_image, char* report,
+                          int report_size) {
     messages.clear();
     reported.clear();
     error_count = 0;
@@ -155,8 +157,13 @@ extern "C" int cpu_launch(void (*kernel)(void**), void (*shared_range)(char**, c
     set_handlers(true);
 
     block_number = 0;
-    std::vector<int> blocks = sequence((size_t)grid[0] * grid[1] * grid[2], order);
     std::vector<int> turns = sequence(threads, order);
+    for (int b = 0; b < chosen_count && !failed; ++b) {
+        blockIdx = {chosen[3 * b], chosen[3 * b + 1], chosen[3 * b + 2]};
+        run_block(turns, order, check);
+    }
+    std::vector<int> blocks;
+    if (!chosen_count) blocks = sequence((size_t)grid[0] * grid[1] * grid[2], order);
     if (order == RANDOM) shuffle(blocks);
     for (size_t b = 0; b < blocks.size() && !failed; ++b) {
         const unsigned n = (unsigned)blocks[b];

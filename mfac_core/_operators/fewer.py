@@ -10,8 +10,11 @@ import numpy as np
 from mfac_core._arrays import Array, is_traced
 from mfac_core._operators.base import Indices, SymmetricOperator
 from mfac_core._operators.inverse import DampedInverse
-from mfac_core._operators.primal import PrimalBlocks, fisher_blocks
+from mfac_core._operators.primal import PrimalBlocks
+from mfac_core._operators.stacks import finite
+from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows, first_of
+from mfac_core._rows.plan import batches, read
 from mfac_core._rows.storage import SplitRows
 
 LARGEST_CONDITION = 2.0**34
@@ -29,19 +32,25 @@ class PrimalOrDual(DampedInverse):
 
     def _invert(self, rows: Rows) -> bool:
         """Form and invert the matrix, O(d²·m + d³), and say whether that left enough digits."""
-        ((_, fisher),) = fisher_blocks(rows, 0, rows.shape[1], 1, self._damping)
-        xp = rows.home.xp
+        home, (m, d) = ops.home(rows.like), rows.shape
+        plan, xp = batches([d], m, ops.batch_bytes(home)), home.xp
+        with finite(rows):
+            ((_, block),) = read(rows, plan, home)
+            wide = home.receive(block)
+            fisher = wide.T @ wide / m + self._damping * home.eye(d)
+            if not bool(xp.all(xp.isfinite(xp.linalg.diagonal(fisher)))):
+                raise ops.NotFinite
         try:
             inverse = xp.linalg.inv(fisher)
         except Exception as error:  # each library has its own LinAlgError
             if "LinAlgError" in type(error).__name__:
                 return False
             raise
-        inverse = (inverse + xp.permute_dims(inverse, (0, 2, 1))) / 2
-        norms = (xp.max(xp.sum(xp.abs(matrix), axis=2)) for matrix in (fisher, inverse))
+        inverse = (inverse + inverse.T) / 2
+        norms = (xp.max(xp.sum(xp.abs(matrix), axis=1)) for matrix in (fisher, inverse))
         if not float(math.prod(float(norm) for norm in norms)) <= LARGEST_CONDITION:
             return False
-        self._primal = PrimalBlocks(inverse, rows.like)
+        self._primal = PrimalBlocks(plan, [[inverse[None, ...]]], rows.like)
         return True
 
     def _by_dual(self) -> None:

@@ -55,6 +55,7 @@ class Dual:
         self._inverse: Array | None = None
         self._replaced = 0  # rows replaced since K was computed
         self._norm: float | None = None  # of the Gram
+        self._sensitivity: float | None = None
         self._probe: Array | None = None  # last vector of the power iteration
         self.doubt: Array | None = None  # on a device, [0] or more where K is to be given up
 
@@ -76,7 +77,7 @@ class Dual:
 
     def forget(self) -> None:
         """Drop what was derived from the matrix."""
-        self._factor = self._inverse = self._probe = self.doubt = None
+        self._factor = self._inverse = self._probe = self.doubt = self._sensitivity = None
         self._replaced = 0
 
     def grow(self) -> None:
@@ -93,7 +94,7 @@ class Dual:
         if self._inverse is None and self._factor is not None:
             self._inverse = dense.inverse(self.home, self._matrix(self.shift))
             self._replaced = 0
-        self._factor = self._norm = None
+        self._factor = self._norm = self._sensitivity = None
         if self._inverse is not None and self._replaced >= max(len(self), 16):
             self._inverse = None
         if self._inverse is not None:
@@ -239,6 +240,24 @@ class Dual:
         if not math.isfinite(norm):
             self._probe = None
         return norm
+
+    def sensitivity(self) -> float:
+        """Return √(Σ ‖gᵢ‖²[A⁻¹]ᵢᵢ), which errors of the products with rows grow by in Gᵀ A⁻¹ G x.
+
+        Those are relative to ‖gᵢ‖‖x‖, and ‖Gᵀ A⁻¹ e‖² ≤ eᵀ A⁻¹ e. O(m³) after a change, or O(m)
+        where an inverse is known; infinite where A is indefinite.
+        """
+        if self._sensitivity is None:
+            xp = self.home.xp
+            if self._inverse is not None:
+                inverse = xp.linalg.diagonal(self._inverse)
+            elif self._known_factor() is None:
+                return math.inf
+            else:
+                half = dense.solve_lower(self.home, self._factor, self.home.eye(len(self)))
+                inverse = xp.sum(half * half, axis=0)
+            self._sensitivity = math.sqrt(max(float(xp.sum(self._diagonal() * inverse)), 0.0))
+        return self._sensitivity
 
     def norm(self) -> float:
         """Return shift + ‖GGᵀ‖∞, which is no less than ‖A‖₂; O(m²) after a change."""

@@ -37,6 +37,15 @@ LARGEST_STATIC_ROUNDING = 2.0**-17
 LARGEST_WINDOW_ROUNDING = 2.0**-14
 """The same for a window, every step of which would pay for float64 passes."""
 
+FLOAT32_SUMS = 2.0**-23
+"""Error of a sum of products in float32 as it is after a pass, relative to norms; see ``_ops``."""
+
+FLOAT64_SUMS = 2.0**-52
+"""The same in float64."""
+
+LARGEST_PRODUCT_ERROR = 1e-5
+"""Estimated relative error of F⁻¹x for which float32 products, or a silent result, will do."""
+
 SMALLEST_FLOAT32_REST = 2.0**-14
 """What a subtraction may leave of 1 in float32 passes; where it is less, they run in float64."""
 
@@ -172,17 +181,33 @@ class Digits:
         On a device to look at y would mean to wait, and its products are in float64 anyway.
         """
         y = formula(x)
-        # y is no shorter than λ/(λ + ‖G‖²/n) of x/λ, and wrong by ε √cond(A) of x.
-        home, ratio = self.rows.home, self.dual.norm() / self.dual.shift
-        if not home.is_host or ratio < SMALLEST_FLOAT32_REST ** (-2 / 3):
+        if not self.rows.home.is_host:
             return y
+        # y is no shorter than λ/(λ + ‖G‖²/n) of x/λ.
+        ratio = self.dual.norm() / self.dual.shift
         exact = self.products_are_exact(x)
-        if not exact and self._cancels(x, y, SMALLEST_FLOAT32_REST):
+        if not exact and self._cancels(x, y, self._smallest_product(FLOAT32_SUMS, ratio)):
             self.go_to_float64()
             exact, y = True, formula(x)
-        if exact and ratio >= SMALLEST_REST ** (-2 / 3) and self._cancels(x, y, SMALLEST_REST):
+        if exact and itemsize(self.rows.like.dtype) < 8:
+            smallest = self._smallest_product(FLOAT64_SUMS, ratio)
+        else:
+            enough = ratio < SMALLEST_REST ** (-2 / 3)
+            smallest = 0.0 if enough else SMALLEST_REST * math.sqrt(max(self.dual.condition(), 1.0))
+        if exact and self._cancels(x, y, smallest):
             self.warn(what)
         return y
+
+    def _smallest_product(self, rounding: float, ratio: float) -> float:
+        """Return what x − Gᵀc may leave of x where sums are rounded so; 0 where it must leave more.
+
+        Errors of Gx, of the Gram and of Gᵀc are all relative to ‖x‖, and grow by no more than the
+        dual's sensitivity.
+        """
+        if rounding * ratio * (1.0 + math.sqrt(len(self.dual) * ratio)) < LARGEST_PRODUCT_ERROR:
+            return 0.0  # the sensitivity is no more than √(m·ratio)
+        smallest = rounding * (1.0 + self.dual.sensitivity()) / LARGEST_PRODUCT_ERROR
+        return smallest if smallest * ratio > 1.0 else 0.0
 
     def products_are_exact(self, x: Any) -> bool:
         """Whether products with x run in float64."""
@@ -190,7 +215,8 @@ class Digits:
 
     def _cancels(self, x: Any, y: Any, smallest: float) -> bool:
         """Whether x − Gᵀc = λy is shorter than ``smallest`` of x, for some column."""
-        smallest *= math.sqrt(max(self.dual.condition(), 1.0))
+        if not smallest:
+            return False
         whole, rest = self.rows.square_norms(x), self.rows.square_norms(y)
         left = (rest * self.damping**2 >= whole * smallest**2) & np.isfinite(rest)
         return not bool(np.all(left))

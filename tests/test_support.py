@@ -136,6 +136,29 @@ def pruned(g, x, mask):
     assert_close(result.weights, best, g)
 
 
+def shards(g, x, mask):
+    inverse = mfac.InverseFisher(mfac.RowShards([g[:2, :], g[2:, :]]), damping=DAMPING)
+    assert_close(inverse @ x, dense_inverse(g, damping=DAMPING) @ numpy64(x), g)
+
+
+def online(g, x, mask):
+    fisher = mfac.BlockFisher(block_size=5)
+    fisher.add(g[:2, :])
+    fisher.add(g[2:, :])
+    dense = [dense_inverse(g[:, i : i + 5], damping=DAMPING) for i in range(0, 20, 5)]
+    product = fisher.inverse(damping=DAMPING) @ x
+    assert_close(product, scipy.linalg.block_diag(*dense) @ numpy64(x), g)
+
+
+def chosen(g, x, mask):
+    found = mfac.choose_damping(g)
+    curve = mfac.damping_curve(g)
+    assert isinstance(curve, mfac.DampingCurve)
+    assert curve.best == found
+    expected = mfac.choose_damping(numpy64(g))
+    assert abs(found - expected) <= error_bound(g, damping=found) * expected
+
+
 CHECKS = {
     "`EmpiricalFisher`, all queries": forward,
     "`InverseFisher`, all queries": static,
@@ -145,6 +168,9 @@ CHECKS = {
     "`SparseSlidingInverseFisher`, its steps and all queries": compressed,
     "`ihvp`": one_call,
     "gradients in several parts": parts,
+    "gradients stacked by rows, `RowShards`": shards,
+    "`BlockFisher`, its inverse": online,
+    "`choose_damping`, `damping_curve`, `DampingCurve`": chosen,
     "`ihvp`, `InverseFisher.matvec` inside `jax.jit`": compiled,
     "`pruning.saliency`": saliencies,
     "`pruning.obs_update`, `pruning.prune`": pruned,

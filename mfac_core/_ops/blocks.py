@@ -152,7 +152,7 @@ def inverse_factor(where: Home, a: Array, lowest: float) -> tuple[Array, bool]:
     factor = _triangles(where, a)
     if factor is None:
         values, vectors = where.xp.linalg.eigh(a)
-        values = where.xp.clip(values, lowest)
+        values = where.xp.clip(values, lowest, None)
         return transposed(vectors) / where.xp.sqrt(values)[..., None], True
     pivots = where.xp.linalg.diagonal(factor)
     smallest = where.xp.min(1.0 / (pivots * pivots * diagonal))

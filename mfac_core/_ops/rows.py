@@ -48,14 +48,14 @@ def cross_gram(g: Array, h: Array, *, exact: bool) -> Array:
 
 def project(g: Array, x: Array, *, exact: bool, home: Home) -> Array:
     """G x as float64 in ``home``, for x of shape (d,) or (d, k); one read of G."""
+    if cuda_passes.serves_product(g, x):
+        return cuda_passes.project(g, x, home)
     width = wide_columns(g.shape[0])
     if _widened.serves(g, x, exact=exact):
         work = np.float64 if exact else np.float32
         return home.receive(_widened.project(_widened.bits(g), to_numpy(x), work))
     if is_numpy_array(g):
         return _blas.project(g, x, exact=exact, width=width)
-    if cuda_passes.serves_product(g, x):
-        return cuda_passes.project(g, x, home)
     return _generic.project(g, x, exact=exact, width=width, home=home)
 
 
@@ -66,6 +66,8 @@ def combine(
 
     With a ``dtype``, an array of the gradients' library; with None, as computed.
     """
+    if cuda_passes.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
+        return cuda_passes.combine(g, c, base, alpha, dtype=dtype)
     width = wide_columns(g.shape[0])
     if _widened.serves(g, c, exact=exact):
         weights = to_numpy(c).astype(np.float64 if exact else np.float32, copy=False)
@@ -74,8 +76,6 @@ def combine(
         return send(out, g, home_of(g).xp.float64 if dtype is None else dtype)
     if is_numpy_array(g):
         return _blas.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
-    if cuda_passes.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
-        return cuda_passes.combine(g, c, base, alpha, dtype=dtype)
     return _generic.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
 
 

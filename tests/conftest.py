@@ -1,10 +1,14 @@
 """Array libraries as parameters: one test body runs on all of them."""
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "gpu" in sys.argv:  # pytest -m gpu: JAX on the device, beside others that need its memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import array_api_strict
 import hypothesis

@@ -8,7 +8,7 @@ import numpy as np
 GUARD = 256
 """Bytes watched on either side of an array."""
 
-UNTOUCHED_BYTES = 1 << 30
+UNTOUCHED_BYTES = 1 << 27
 """Size of arrays that are not copied between guard zones: of zeros nobody has written."""
 
 

@@ -36,7 +36,7 @@ class Module:
     code : str
         CUDA C++.
     options : tuple of str
-        As for CuPy; only macros matter here.
+        As for CuPy; only macros matter here, and what begins with ``-f``, for g++ itself.
     mode : {"fast", "check"}
         See the package.
     """
@@ -44,7 +44,7 @@ class Module:
     def __init__(self, code, options=(), mode="fast"):
         self.mode = mode
         runtime()
-        macros = tuple(option for option in options if option.startswith("-D"))
+        macros = tuple(option for option in options if option.startswith(("-D", "-f")))
         names = KERNEL.findall(code)
         prepared = DYNAMIC_SHARED.sub(
             r"\1* const \2 = static_cast<\1*>(cpu_dynamic_shared());", code

@@ -1,5 +1,6 @@
 """On a real CUDA device, with ``pytest -m gpu``: kernels against the host executor and NumPy."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from host_machine import DeviceHome, HostMachine
 import mfac_core as mfac
 from mfac_core._arrays import home_of
 from mfac_core._ops import dense, rows
+from mfac_core._ops.cuda import blocks as cuda_blocks
 from mfac_core._ops.cuda import machine as cuda_machine
 from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
 
@@ -26,6 +28,8 @@ DTYPES = ["float32", "float64", "float16", "bfloat16"]
 def cupy():
     cupy = pytest.importorskip("cupy", reason="these tests need CuPy")
     assert cupy.cuda.is_available(), "pytest -m gpu needs a CUDA device, and CuPy sees none"
+    if os.environ.get("CUPY_TEST_NO_POOL"):
+        cupy.cuda.set_allocator(None)
     return cupy
 
 
@@ -34,6 +38,56 @@ def stored(cupy, rng, shape, dtype):
 
     values = rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype])
     return values, cupy.asarray(values)
+
+
+def test_smoke(cupy, rng):
+    """The least that must work: a window in every dtype, on one step more than it holds."""
+    for dtype in DTYPES:
+        values, g = stored(cupy, rng, (5, 100), dtype)
+        window = mfac.SlidingInverseFisher(100, 4, damping=0.1)
+        for row in g:
+            y = window.append_matvec(row)
+        held = values[1:].astype("float64")
+        expected = dense_inverse(held, damping=0.1) @ held[-1]
+        assert relative_error(y, expected) <= error_bound(values[1:], damping=0.1)
+
+
+@pytest.mark.parametrize("width", [1, 32, 33, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_on_every_device(cupy, rng, dtype, width):
+    """The kernel that asks for more than 48 KiB of shared memory; on each device in turn."""
+    for device in range(cupy.cuda.runtime.getDeviceCount()):
+        with cupy.cuda.Device(device):
+            values, g = stored(cupy, rng, (20, 2 * width), dtype)
+        lengths = np.array([width, width])
+        inverses, failed = cuda_blocks.inverses(g, lengths, 0.5, 20)
+        assert not failed.get().any()
+        for number, inverse in enumerate(inverses.get()):
+            part = values[:, number * width : (number + 1) * width].astype("float64")
+            matrix = 0.5 * np.eye(width) + part.T @ part / 20
+            error = np.linalg.norm(inverse - np.linalg.inv(matrix), 2)
+            assert error <= 10 * width * np.linalg.cond(matrix) * 2.0**-52 / 0.5
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_rows_that_start_anywhere(cupy, rng, offset):
+    storage = rng.standard_normal(3 * 64 + offset).astype("float32")
+    g = cupy.asarray(storage)[offset:].reshape(3, 64)
+    exact = storage[offset:].reshape(3, 64).astype("float64")
+    product = rows.project(g, g[1], exact=True, home=home_of(g))
+    assert relative_error(product, exact @ exact[1]) <= 1e-12
+
+
+def test_another_stream(cupy, rng):
+    """Work that another stream still does is waited for by nobody but that stream."""
+    values, g = stored(cupy, rng, (8, 50_000), "float32")
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        doubled = g * 2
+        product = rows.project(doubled, doubled[3], exact=True, home=home_of(g))
+        stream.synchronize()
+    exact = 2 * values.astype("float64")
+    assert relative_error(product, exact @ exact[3]) <= 1e-12
 
 
 @pytest.mark.parametrize("d", [1, 1000, 4096, 50_001])

@@ -1,4 +1,4 @@
-"""Indices beyond 2³¹: chosen blocks of the grid, over memory that is mapped but hardly touched.
+"""Indices beyond 2³¹ and 2³²: chosen blocks of a grid over memory hardly touched.
 
 Each kernel runs where its indices are largest. Then, one at a time, each 64-bit number inside a
 kernel is made one of 32 bits, and each product of sizes is narrowed: that must be noticed.
@@ -14,12 +14,13 @@ from cuda_on_cpu import KernelError, Module, untouched
 
 from mfac_core._ops.cuda import machine as cuda_machine
 
-FAR = 2**31 + 2056
-"""A length past what 32 bits count, a multiple of eight."""
+FAR = 2**32 + 2056
+"""A length past what 32 bits count, with a sign or without; a multiple of eight."""
 
 
 def launch(source, file, name, macros, grid, block, blocks, *arguments, shared_mem=0):
-    module = Module(source(file), cuda_machine.options(macros), "fast")
+    # What overflows wraps round, and is not optimised as if it could not.
+    module = Module(source(file), (*cuda_machine.options(macros), "-fwrapv"), "fast")
     kernel = module.get_function(name)
     kernel.blocks = blocks
     kernel.max_dynamic_shared_size_bytes = shared_mem
@@ -139,17 +140,17 @@ def diagonal(source):
     columns = untouched((m, width), "float64")
     columns[:, -1] = 2
     last = (-(-width // 32) - 1, 0, 0)
-    for steps in ((width, 1), (1, m)):
+    for steps, w in (((width, 1), 0.1), ((1, m), 0.1), ((1, m), 0.03**0.5)):
         whitened = untouched(m * width, "float64")
-        whitened[np.arange(m) * steps[0] + (width - 1) * steps[1]] = 0.1
+        whitened[np.arange(m) * steps[0] + (width - 1) * steps[1]] = w
         result, rest = untouched(width, "float64"), untouched(width, "float64")
         launch(
             source, "diagonal.cu", "clamped_diagonal", {}, (last[0] + 1,), (32, 8), [last],
             whitened, columns, result, rest, np.int32(m), np.int32(width), np.int64(steps[0]),
             np.int64(steps[1]), np.float64(1.0), np.float64(m),
         )  # fmt: skip
-        yield rest[-1], 1 - 0.33
-        yield result[-1], 0.67
+        yield rest[-1], 1 - m * w**2
+        yield result[-1], max(1 - m * w**2, 0.2)
 
 
 def entries(source):
@@ -226,6 +227,27 @@ def sparse_rows(source):
         weights, x, np.float64(0.0), out, *sizes,
     )  # fmt: skip
     yield out[-1, -8:, 4], [10, 0, 20, 0, 0, 30, 0, 40]
+    # The end of long rows.
+    far, m = 2**20 + 1, 2
+    d = far * 4096
+    indices, values = untouched((far, m, 1), "int16"), untouched((far, m, 1), "float16")
+    indices[-1, :, 0], values[-1, :, 0] = 4095, [2, 3]
+    x, partial = untouched(d, "float64"), untouched((far, m), "float64")
+    x[-1] = 5
+    sizes = (
+        np.int32(m), np.int32(m), np.int32(1), np.int64(d), np.int32(4096), np.int32(1)
+    )  # fmt: skip
+    out = untouched((m, d), "float64")
+    for name, operands in (
+        ("sparse_project", (x, partial)),
+        ("sparse_combine", (np.array([7.0, 11.0]), x, np.float64(0.0), out)),
+    ):
+        launch(
+            source, "sparse.cu", name, macros, (far, 2, 1), (128,),
+            [(far - 1, 0, 0), (far - 1, 1, 0)], indices, values, *operands, *sizes,
+        )  # fmt: skip
+    yield partial[-1], [10, 15]
+    yield out[:, -1], [14, 33]
     # More columns of x than 2³¹ elements allow, and of weights.
     count, step = 2**13 + 1, 2**16 - 1
     d = count * width
@@ -277,7 +299,17 @@ EXERCISES = {
     "sparse.cu": sparse_rows,
 }
 
-EQUIVALENT: dict[str, str] = {}
+WIDE = "what it is multiplied by has 64 bits"
+ROWS = "rows times columns stay below 2³¹: more are left to the generic path"
+BLOCKS = "of 2³¹ columns in blocks the inverses alone fit no device"
+EQUIVALENT = {
+    "staged[i] = c[(int)tile * COLUMNS + i];": ROWS,
+    "staged[i] = c[(i64)((int)(tile * COLUMNS)) + i];": ROWS,
+    "load<WIDTH, (WIDTH > 1)>(G + (int)(tile + i) * d + k, g);": WIDE,
+    "double* inverse = inverses + (i64)((int)(blockIdx.x * stride)) * stride;": BLOCKS,
+    "const double* inverse = inverses + (i64)((int)(blockIdx.x * stride)) * stride;": BLOCKS,
+    "const int step = gridDim.z, column = blockIdx.z;": WIDE,
+}
 """Mutants that compute the same within the sizes the library launches, and why."""
 
 
@@ -304,7 +336,7 @@ def code_of(file):
 
 SIZE = r"(?:d|stride|count|width|row_step|column_step|step|k|m|n|chunk|COLUMNS|capacity)(?![\w[(])"
 NARROWED = re.compile(rf"\bi64\b|\((?:[^()]|\([^()]*\))+\) \* {SIZE}|[\w.]+ \* {SIZE}")
-SMALL = re.compile(r"(WIDTH|ROWS|rows|r|i) \* COLUMNS")
+SMALL = re.compile(r"(WIDTH|ROWS|TILE|rows|r|i|j) \* COLUMNS|i \* stride")
 """Products within a tile."""
 
 
@@ -317,6 +349,8 @@ def mutants():
             before = code[: match.start()].rsplit("\n", 1)[-1]
             after = code[match.end() :].split("\n", 1)[0]
             parameter = any(a <= match.start() < b for a, b in signatures)
+            if "smaller(d - start" in before or (before.endswith("for (") and match[0] == "i64"):
+                continue  # they do not compile, or never end
             if parameter or "//" in before or SMALL.fullmatch(match[0]):
                 continue
             changed = "int" if match[0] == "i64" else f"((int)({match[0]}))"

@@ -209,7 +209,7 @@ def spin() -> None:
         sum(range(10**6))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--busy", type=int, default=0, help="processes that never rest beside it")
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--neighbours", action="store_true", help="rows around a block's length")
     parser.add_argument("--smaller", type=int, default=1, help="divide the weights by this")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     SETTINGS[:] = [(m, size, d // given.smaller) for m, size, d in SETTINGS]
     others = [multiprocessing.Process(target=spin, daemon=True) for _ in range(given.busy)]
     for process in others:

@@ -203,3 +203,10 @@ def test_pruning_by_the_defaults(tmp_path):
     header, _, *rows = tables(tmp_path)["defaults-resnet-accuracy"]
     assert header == "| test accuracy at | 50% | 70% | 80% | 90% | 95% |"
     assert len(rows) == 2
+
+
+def test_benchmark_of_pruning(capsys):
+    load("benchmarks/pruning.py").main(["--smaller", "256", "--repeats", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 4
+    assert all(" × " in line for line in lines[2:])

@@ -293,11 +293,7 @@ class Digits:
 
     def warn(self, what: str) -> None:
         """Say that a result has few right digits."""
-        warn(
-            f"{what} has few right digits: damping {self.damping:g} is too small beside the "
-            "gradients' squared norms for float64; raise it",
-            scipy.linalg.LinAlgWarning,
-        )
+        warn_few_digits(what, self.damping)
 
 
 def finite_gram(rows: Rows) -> Array:
@@ -333,3 +329,12 @@ def power_cancels(rows: Rows, largest: float, p: float) -> bool:
 def elements_need_float64(dtype: Any, smallest: float) -> bool:
     """Whether elements by a stored W lose too much where 1 − t is as small as this."""
     return itemsize(dtype) == 4 and smallest < SMALLEST_FLOAT32_REST
+
+
+def warn_few_digits(what: str, damping: float) -> None:
+    """Warn that float64 has lost the digits of a result, under this λ."""
+    warn(
+        f"{what} has few right digits: damping {damping:g} is too small beside the gradients' "
+        "squared norms for float64; raise it",
+        scipy.linalg.LinAlgWarning,
+    )

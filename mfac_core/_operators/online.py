@@ -9,8 +9,8 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array
+from mfac_core._operators.digits import warn_few_digits
 from mfac_core._operators.primal import inverses
-from mfac_core._operators.stacks import warn_few_digits
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce
 from mfac_core._rows.plan import Batch, batches, read

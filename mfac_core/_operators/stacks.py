@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import scipy
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, promote, send, to_numpy
@@ -16,7 +15,6 @@ from mfac_core._operators.base import Indices, SymmetricOperator
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows
 from mfac_core._rows.plan import Batch, gathered, scattered
-from mfac_core._warn import warn
 
 Stacks = list[list[Array]]
 """One array (n, ·, ·) for each group of each batch."""
@@ -155,20 +153,3 @@ def by_group(owners: np.ndarray[Any, Any], some: Indices) -> Iterator[tuple[int,
     keys = owners[:2, some]
     for batch, group in np.unique(keys, axis=1).T:
         yield int(batch), int(group), some[(keys[0] == batch) & (keys[1] == group)]
-
-
-def warn_few_digits(what: str, damping: float) -> None:
-    """Warn that float64 has lost the digits of a result.
-
-    Parameters
-    ----------
-    what : str
-        The result.
-    damping : float
-        λ.
-    """
-    warn(
-        f"{what} has few right digits: damping {damping:g} is too small beside the gradients' "
-        "squared norms for float64; raise it",
-        scipy.linalg.LinAlgWarning,
-    )

@@ -18,7 +18,7 @@ from datasets import Split, fashion_mnist
 from networks import evaluate, set_weights, track
 from pruning_methods import METHODS, run_of
 from pruning_report import Yardstick
-from reporting import options, save, seeds_of, select, spread, table, unique
+from seeds import options, save, seeds_of, select, spread, table, unique
 from torch import nn
 
 METHOD_NAMES = ("the paper's", "joint", "joint, `loss=`")

@@ -17,7 +17,7 @@ from datasets import Split, fashion_mnist
 from networks import evaluate
 from prune_fashion import CACHE, NETWORKS, prepared
 from pruning_report import accuracies
-from reporting import options, save, seeds_of
+from seeds import options, save, seeds_of
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset

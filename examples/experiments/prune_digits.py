@@ -12,7 +12,7 @@ from datasets import Split, digits
 from networks import digits_mlp, track, train
 from pruning_methods import METHODS, run_of
 from pruning_report import Yardstick, accuracies, draw, rises
-from reporting import options, save, seeds_of
+from seeds import options, save, seeds_of
 from torch import nn
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)

@@ -23,8 +23,8 @@ import torch
 from networks import set_weights, track, weights_of
 from pruning_methods import METHODS, Run
 from pruning_report import accuracies
-from reporting import options, save, seeds_of, select, spread, table, unique
 from scipy.stats import spearmanr
+from seeds import options, save, seeds_of, select, spread, table, unique
 from torch.nn.utils import parameters_to_vector
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from networks import evaluate, gradient_rows, set_weights
 from pruning_methods import Run
-from reporting import select, spread, table, unique
+from seeds import select, spread, table, unique
 from torch import nn
 
 STYLES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from datasets import digits
 from networks import digits_mlp, evaluate
-from reporting import options
+from seeds import options
 from torch import Tensor
 from training import Task, report
 from training_windows import report_windows

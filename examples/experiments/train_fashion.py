@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from datasets import fashion_mnist
 from networks import cnn, evaluate
-from reporting import options
+from seeds import options
 from torch import Tensor
 from training import Task, report
 from training_windows import report_windows

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 import torch
-from reporting import options
+from seeds import options
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from training import Task, report

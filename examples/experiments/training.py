@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from networks import track
-from reporting import save, seeds_of, select, spread, table, unique
+from seeds import save, seeds_of, select, spread, table, unique
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer

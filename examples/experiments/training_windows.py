@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from networks import track
-from reporting import save, select, spread, table
+from seeds import save, select, spread, table
 from training import DEFAULT, Task, mfac, run, shortened
 
 WINDOWS = (1, 4, 16, 64, 256, 1024)

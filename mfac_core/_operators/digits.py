@@ -15,7 +15,7 @@ import numpy as np
 import scipy
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, itemsize, promote, to_numpy
+from mfac_core._arrays import Array, Home, itemsize, promote, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._operators.guard import uninterrupted
 from mfac_core._rows.base import Rows, first_of
@@ -58,6 +58,9 @@ SMALLEST_REST = 2.0**-44
 LARGEST_REFINED_ERROR = 2.0**-6
 """Estimated relative error of a refined product from which on a warning is due."""
 
+SMALLEST_GRAM_REST = 2.0**-4
+"""What must be left of a row's square norm for a Gram that parts were taken off to be used on."""
+
 LARGEST_CANCELLATION = 128.0
 """Terms of Gᵀc relative to their sum above which it is summed in float64."""
 
@@ -87,7 +90,7 @@ class Digits:
     Parameters
     ----------
     rows : Rows
-        G. Their ``exact`` is set here: products in float64.
+        G. Their ``float64`` is set here: products in float64.
     dual : Dual
         A.
     damping : float
@@ -107,7 +110,7 @@ class Digits:
         As given, until the dual changes.
     steps : int
         Rows exchanged.
-    exact_steps : int
+    float64_steps : int
         Steps in float64 since float32 was last thought of.
     """
 
@@ -125,7 +128,7 @@ class Digits:
         self._largest_rounding = largest_rounding
         self._patience = patience
         self.checked = checked
-        self.steps = self.exact_steps = 0
+        self.steps = self.float64_steps = 0
 
     # -- the Gram --------------------------------------------------------------------------
 
@@ -137,23 +140,23 @@ class Digits:
             self.checked = True
         # The ill-conditioned gradients may have left. Asking once in a window's length keeps the
         # cost of a Gram computed anew in float64, should they return, below a pass a step.
-        if self._patience is not None and self.exact_steps >= self._patience:
-            self.exact_steps = 0
-            self.rows.exact = (
-                self.rows.always_exact or not self._solution_error() <= self._largest_rounding / 8
+        if self._patience is not None and self.float64_steps >= self._patience:
+            self.float64_steps = 0
+            self.rows.float64 = (
+                self.rows.always_float64 or not self._solution_error() <= self._largest_rounding / 8
             )
 
     def stepped(self) -> None:
         """Take note that a row was exchanged."""
         self.checked = False
         self.steps += 1
-        self.exact_steps += self.rows.exact
+        self.float64_steps += self.rows.float64
 
     def go_to_float64(self) -> None:
         """Form the Gram anew from float64 products, and stay with them."""
-        gram = self.rows.gram(exact=True)
+        gram = self.rows.gram(float64=True)
         with uninterrupted():
-            self.rows.exact = True
+            self.rows.float64 = True
             self.dual.set_gram(gram)
 
     def products(self, x: Array) -> Array:
@@ -161,7 +164,7 @@ class Digits:
         with np.errstate(over="ignore", invalid="ignore"):
             products = self.rows.project(x)
         if not bool(self.rows.home.xp.all(self.rows.home.xp.isfinite(products))):
-            self.rows.exact = True
+            self.rows.float64 = True
             products = self.rows.project(x)
         return products
 
@@ -185,16 +188,16 @@ class Digits:
             return y
         # y is no shorter than λ/(λ + ‖G‖²/n) of x/λ.
         ratio = self.dual.norm() / self.dual.shift
-        exact = self.products_are_exact(x)
-        if not exact and self._cancels(x, y, self._smallest_product(FLOAT32_SUMS, ratio)):
+        float64 = self.products_are_float64(x)
+        if not float64 and self._cancels(x, y, self._smallest_product(FLOAT32_SUMS, ratio)):
             self.go_to_float64()
-            exact, y = True, formula(x)
-        if exact and itemsize(self.rows.like.dtype) < 8:
+            float64, y = True, formula(x)
+        if float64 and itemsize(self.rows.like.dtype) < 8:
             smallest = self._smallest_product(FLOAT64_SUMS, ratio)
         else:
             enough = ratio < SMALLEST_REST ** (-2 / 3)
             smallest = 0.0 if enough else SMALLEST_REST * math.sqrt(max(self.dual.condition(), 1.0))
-        if exact and self._cancels(x, y, smallest):
+        if float64 and self._cancels(x, y, smallest):
             self.warn(what)
         return y
 
@@ -209,9 +212,9 @@ class Digits:
         smallest = rounding * (1.0 + self.dual.sensitivity()) / LARGEST_PRODUCT_ERROR
         return smallest if smallest * ratio > 1.0 else 0.0
 
-    def products_are_exact(self, x: Any) -> bool:
+    def products_are_float64(self, x: Any) -> bool:
         """Whether products with x run in float64."""
-        return self.rows.exact or itemsize(promote(first_of(x), self.rows.like.dtype)) == 8
+        return self.rows.float64 or itemsize(promote(first_of(x), self.rows.like.dtype)) == 8
 
     def _cancels(self, x: Any, y: Any, smallest: float) -> bool:
         """Whether x − Gᵀc = λy is shorter than ``smallest`` of x, for some column."""
@@ -239,11 +242,11 @@ class Digits:
 
     def held(self, c: Array, dtype: Any) -> Array:
         """Return Gᵀc = F⁻¹g for a gradient held, in float64 products where its terms cancel."""
-        if self.rows.always_exact:  # to look at it would mean to wait for the device
-            return self.rows.combine(c, None, 1.0, dtype=dtype, exact=True)
+        if self.rows.always_float64:  # to look at it would mean to wait for the device
+            return self.rows.combine(c, None, 1.0, dtype=dtype, float64=True)
         cancellation = self.dual.cancellation(c)
-        exact = cancellation > LARGEST_CANCELLATION
-        y = self.rows.combine(c, None, 1.0, dtype=dtype, exact=exact)
+        float64 = cancellation > LARGEST_CANCELLATION
+        y = self.rows.combine(c, None, 1.0, dtype=dtype, float64=float64)
         if cancellation > LARGEST_MEASURABLE_CANCELLATION:
             left = float(self.rows.square_norms(y)) ** 0.5
             if not left >= self.dual.terms(c) * SMALLEST_REST:
@@ -267,7 +270,7 @@ class Digits:
 
     def smallest_quadratic(self, x: Any) -> float:
         """Return what a quadratic form may leave of xᵀx/λ."""
-        return 0.0 if self.products_are_exact(x) else SMALLEST_FLOAT32_REST
+        return 0.0 if self.products_are_float64(x) else SMALLEST_FLOAT32_REST
 
     def smallest_element(self, *, alone: bool = False) -> float:
         """Return the 1 − t of a diagonal element to which t's rounding is too much.
@@ -311,11 +314,20 @@ def finite_gram(rows: Rows) -> Array:
             return gram
         nonfinite = rows.nonfinite()
         if not nonfinite:
-            rows.exact = True
+            rows.float64 = True
             gram = rows.gram()
             if bool(xp.all(xp.isfinite(gram))):
                 return gram
     raise ValueError(check.nonfinite_message(nonfinite, rows.shape[0]))
+
+
+def gram_is_lost(home: Home, norms: Array, before: Array) -> bool:
+    """Whether the rounding errors of a Gram are too much for what is left after a subtraction.
+
+    They stay in it when parts are taken off, and are small beside what is left as long as no row
+    has lost most of its square norm, which was ``before``.
+    """
+    return bool(home.xp.any(norms < SMALLEST_GRAM_REST * before))
 
 
 def power_cancels(rows: Rows, largest: float, p: float) -> bool:

@@ -170,7 +170,7 @@ def dual_blocks(rows: Rows, plan: Sequence[Batch], damping: float, p: float) -> 
         for size, positions in item[0].groups:
             gram = ops.square(home, ops.split(home, item[1], size, positions))
             if p == -1.0:
-                dual = gram + m * damping * home.eye(m)
+                dual = ops.shifted(home, gram, m * damping)
                 factor, doubt = ops.inverse_factor(home, dual, m * damping)
                 results.append(factor / math.sqrt(damping))
                 doubtful |= doubt

@@ -155,7 +155,7 @@ class EmpiricalFisher(FisherFunction):
         return b / self._divisor
 
     def _frozen(self) -> tuple[Rows, Array]:
-        return self._rows, self._rows.gram(exact=True)
+        return self._rows, self._rows.gram(float64=True)
 
     def _sample(self, n: int, rng: np.random.Generator) -> Array:
         return self._fisher_sample(n, rng)

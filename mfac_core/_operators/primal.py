@@ -112,5 +112,5 @@ def inverses(home: Home, matrices: Array, lowest: float) -> tuple[Array, bool]:
 
 def fisher_blocks(home: Home, g: Array, damping: float) -> Array:
     """Return λI + GᵀG/m for each of (n, m, B)."""
-    _, m, size = g.shape
-    return ops.square(home, ops.transposed(g)) / m + damping * home.eye(size)
+    m = g.shape[1]
+    return ops.shifted(home, ops.square(home, ops.transposed(g)) / m, damping)

@@ -31,8 +31,8 @@ def save(window: SlidingInverseFisher) -> dict[str, Any]:
 def numbers(window: SlidingInverseFisher) -> dict[str, Any]:
     """Return copies of what is not d-sized, but for the slots."""
     return {
-        "exact": window._rows.exact,
-        "exact_steps": window._digits.exact_steps,
+        "exact": window._rows.float64,
+        "exact_steps": window._digits.float64_steps,
         "checked": window._digits.checked,
         **window._dual.state(),
     }
@@ -95,11 +95,11 @@ def _fill(window: SlidingInverseFisher, state: Mapping[str, Any]) -> None:
 def restore(window: SlidingInverseFisher, state: Mapping[str, Any], slots: list[int]) -> None:
     """Take up :func:`numbers` that fit the rows in the window's ring."""
     rows = window._rows
-    rows.exact = bool(state["exact"]) or rows.always_exact
+    rows.float64 = bool(state["exact"]) or rows.always_float64
     rows.slots = slots
     window._rescale()
     window._dual.restore(state)
-    window._digits.exact_steps = int(state["exact_steps"])
+    window._digits.float64_steps = int(state["exact_steps"])
     window._digits.checked = bool(state["checked"])
 
 

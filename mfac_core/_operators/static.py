@@ -197,8 +197,8 @@ class InverseFisher(PrimalOrDual):
         if self._primal is not None:
             return type(self)(self.gradients, damping=damping, reduce=self._rows.reduce)
         other = self._of_rows(copy.copy(self._rows), damping, self._dual.gram, checked=False)
-        if other._rows.exact and not self._rows.exact:
-            self._rows.exact = True
+        if other._rows.float64 and not self._rows.float64:
+            self._rows.float64 = True
             self._dual.set_gram(other._dual.gram)
         if hasattr(self, "gradients"):
             other.gradients = self.gradients

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mfac_core._ops import _widened
-from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
+from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices, wide_columns
 
 NDArray = np.ndarray[Any, Any]
 
@@ -19,8 +19,8 @@ COMBINE_COLUMNS = 16384
 """Columns of one product Gᵀc: the result's part stays in cache over all rows."""
 
 
-def _work(g: NDArray, exact: bool) -> Any:
-    return np.float64 if exact or g.dtype == np.float64 else np.float32
+def _work(g: NDArray, float64: bool) -> Any:
+    return np.float64 if float64 or g.dtype == np.float64 else np.float32
 
 
 def _blocks(g: NDArray, work: Any, width: int) -> Iterator[tuple[slice, NDArray]]:
@@ -37,9 +37,9 @@ def _blocks(g: NDArray, work: Any, width: int) -> Iterator[tuple[slice, NDArray]
         yield columns, block
 
 
-def gram(g: NDArray, *, exact: bool, width: int) -> NDArray:
+def gram(g: NDArray, *, float64: bool, width: int) -> NDArray:
     """See :func:`mfac_core._ops.rows.gram`."""
-    work = _work(g, exact)
+    work = _work(g, float64)
     total = np.zeros((g.shape[0], g.shape[0]))
     part = np.empty(total.shape, work)
     for _, block in _blocks(g, work, min(width, GRAM_COLUMNS)):
@@ -48,9 +48,9 @@ def gram(g: NDArray, *, exact: bool, width: int) -> NDArray:
     return total
 
 
-def cross_gram(g: NDArray, h: NDArray, *, exact: bool, width: int) -> NDArray:
+def cross_gram(g: NDArray, h: NDArray, *, float64: bool, width: int) -> NDArray:
     """See :func:`mfac_core._ops.rows.cross_gram`."""
-    work, width = _work(g, exact), min(width, GRAM_COLUMNS)
+    work, width = _work(g, float64), min(width, GRAM_COLUMNS)
     total = np.zeros((g.shape[0], h.shape[0]))
     for (_, block), (_, other) in zip(
         _blocks(g, work, width), _blocks(h, work, width), strict=True
@@ -59,32 +59,36 @@ def cross_gram(g: NDArray, h: NDArray, *, exact: bool, width: int) -> NDArray:
     return total
 
 
-def project(g: NDArray, x: NDArray, *, exact: bool, width: int) -> NDArray:
+def project(g: NDArray, x: NDArray, *, float64: bool) -> NDArray:
     """See :func:`mfac_core._ops.rows.project`."""
-    work = _work(g, exact)
-    total = np.zeros((g.shape[0], *x.shape[1:]))
+    work = _work(g, float64)
     if g.dtype == work:
         width = min(max(PROJECT_ELEMENTS // max(len(g), 1), 1024), 2 * GRAM_COLUMNS)
+    elif x.ndim == 1:
+        return _widened.project(g, x, work)
+    else:
+        width = wide_columns(len(g))
+    total = np.zeros((g.shape[0], *x.shape[1:]))
     for columns, block in _blocks(g, work, width):
         total += block @ x[columns].astype(work, copy=False)
     return total
 
 
 def combine(
-    g: NDArray,
-    c: NDArray,
-    base: NDArray | None,
-    alpha: float,
-    *,
-    dtype: Any,
-    exact: bool,
-    width: int,
+    g: NDArray, c: NDArray, base: NDArray | None, alpha: float, *, dtype: Any, float64: bool
 ) -> NDArray:
     """See :func:`mfac_core._ops.rows.combine`."""
-    work = _work(g, exact)
+    work = _work(g, float64)
     c = c.astype(work, copy=False)
-    out = np.empty((g.shape[1], *c.shape[1:]), work if dtype is None else dtype)
-    for columns, block in _blocks(g, work, COMBINE_COLUMNS if g.dtype == work else width):
+    dtype = work if dtype is None else dtype
+    if g.dtype == work:
+        width = COMBINE_COLUMNS
+    elif c.ndim == 1:
+        return _widened.combine(g, c, base, alpha).astype(dtype, copy=False)
+    else:
+        width = wide_columns(len(g))
+    out = np.empty((g.shape[1], *c.shape[1:]), dtype)
+    for columns, block in _blocks(g, work, width):
         part = block.T @ c
         if base is not None:
             part += work(alpha) * base[columns].astype(work, copy=False)

@@ -28,9 +28,7 @@ def multiply(a: NDArray, b: NDArray) -> NDArray:
     if columns == 1 or rows * inner * columns <= TILE**3:
         return a @ b
     result = np.empty((n, rows, columns))
-    for i in _tiles(rows, TILE):
-        for j in _tiles(columns, TILE):
-            _multiply_into(result[:, i, j], a[:, i], b[:, :, j])
+    _multiply_into(result, a, b)
     return result
 
 
@@ -41,22 +39,24 @@ def square(a: NDArray) -> NDArray:
     if rows * inner * rows <= TILE**3:
         return a @ transposed
     result = np.empty((n, rows, rows))
-    for i in _tiles(rows, TILE):
-        for j in _tiles(i.stop, TILE):
-            _multiply_into(result[:, i, j], a[:, i], transposed[:, :, j])
-            if i != j:
-                result[:, j, i] = result[:, i, j].transpose(0, 2, 1)
+    for i in _tiles(rows, TILE // 2):
+        _multiply_into(result[:, i, : i.stop], a[:, i], transposed[:, :, : i.stop])
+        result[:, : i.start, i] = result[:, i, : i.start].transpose(0, 2, 1)
     return result
 
 
 def _multiply_into(out: NDArray, a: NDArray, b: NDArray) -> None:
-    """Set out = ab, of at most ``TILE`` rows and columns, by parts of the sum."""
-    step = max(TILE**3 // (out.shape[1] * out.shape[2]), 1)
-    for part in _tiles(a.shape[2], step):
-        if part.start == 0:
-            np.matmul(a[:, :, part], b[:, part], out=out)
-        else:
-            out += a[:, :, part] @ b[:, part]
+    """Set out = ab by tiles of rows and columns, and by parts of the sum where that is long."""
+    for i in _tiles(out.shape[1], TILE // 2):
+        step = min(a.shape[2], TILE * 4)
+        width = TILE**3 // ((i.stop - i.start) * step)
+        for j in _tiles(out.shape[2], width):
+            here = out[:, i, j]
+            for part in _tiles(a.shape[2], step):
+                if part.start == 0:
+                    np.matmul(a[:, i, part], b[:, part, j], out=here)
+                else:
+                    here += a[:, i, part] @ b[:, part, j]
 
 
 def _tiles(length: int, step: int) -> list[slice]:
@@ -96,14 +96,14 @@ def _inverse_factor(a: NDArray) -> NDArray:
 def _inverse_triangles(lower: NDArray) -> NDArray:
     """Return the inverses of lower triangles: tiles on the diagonal, and from them the rest."""
     n, size, _ = lower.shape
-    if size <= BASE:
-        return _inverse_tiles(lower)
-    count = size // BASE
-    at = np.arange(count)
-    tiles = lower.reshape(n, count, BASE, count, BASE)[:, at, :, at]
+    tiles = _tiles(size, BASE)
+    along = np.empty((min(size, BASE), min(size, BASE), len(tiles), n))
+    for k, i in enumerate(tiles):
+        along[:, :, k] = lower[:, i, i].transpose(1, 2, 0)
+    inverses = _inverse_tiles(along.reshape(*along.shape[:2], -1)).reshape(along.shape)
     result = np.zeros_like(lower)
-    inverses = _inverse_tiles(tiles.reshape(-1, BASE, BASE)).reshape(tiles.shape)
-    result.reshape(n, count, BASE, count, BASE)[:, at, :, at] = inverses
+    for k, i in enumerate(tiles):
+        result[:, i, i] = inverses[:, :, k].transpose(2, 0, 1)
     _fill(result, lower)
     return result
 
@@ -121,12 +121,11 @@ def _fill(result: NDArray, lower: NDArray) -> None:
 
 
 def _inverse_tiles(lower: NDArray) -> NDArray:
-    """Return the inverses of small triangles, row by row along all of them as the last axis."""
-    along = np.ascontiguousarray(lower.transpose(1, 2, 0))
-    result = np.zeros_like(along)
-    for k in range(len(along)):
-        result[k, k] = 1.0 / along[k, k]
+    """Return the inverses of small triangles (i, i, n), row by row along all of them at once."""
+    result = np.zeros_like(lower)
+    for k in range(len(lower)):
+        result[k, k] = 1.0 / lower[k, k]
         if k:
-            sums = np.einsum("jn,jcn->cn", along[k, :k], result[:k, :k])
+            sums = np.einsum("jn,jcn->cn", lower[k, :k], result[:k, :k])
             np.multiply(sums, -result[k, k], out=result[k, :k])
-    return np.ascontiguousarray(result.transpose(2, 0, 1))
+    return result

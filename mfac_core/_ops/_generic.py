@@ -43,34 +43,34 @@ def _like(x: Array, wide: Array) -> Array:
     return array_namespace(x).astype(x, wide.dtype, copy=False)
 
 
-def _wide(x: Array, exact: bool) -> Array:
+def _wide(x: Array, float64: bool) -> Array:
     """Return ``x`` in the working dtype: float64 when exact, in NumPy where need be."""
-    if exact or itemsize(x.dtype) == 8:
+    if float64 or itemsize(x.dtype) == 8:
         return widen(x)
     xp = array_namespace(x)
     return xp.astype(x, xp.float32, copy=False)
 
 
-def _wide_blocks(g: Array, exact: bool, width: int) -> Iterator[tuple[slice, Array]]:
+def _wide_blocks(g: Array, float64: bool, width: int) -> Iterator[tuple[slice, Array]]:
     """Yield widened blocks of columns; G itself, whole and unsliced, when it is wide enough.
 
     Slicing copies in libraries without views, so that a pass that needs no conversion avoids it.
     """
-    if itemsize(g.dtype) == 8 or (itemsize(g.dtype) == 4 and not exact):
+    if itemsize(g.dtype) == 8 or (itemsize(g.dtype) == 4 and not float64):
         yield EVERYTHING, g
         return
     if is_torch_array(g) and device(g).type == "cpu":
-        yield from _buffered(g, exact, min(width, BUFFERED_COLUMNS))
+        yield from _buffered(g, float64, min(width, BUFFERED_COLUMNS))
         return
     for columns in column_slices(g.shape[1], width):
-        yield columns, _wide(g[:, columns], exact)
+        yield columns, _wide(g[:, columns], float64)
 
 
-def _buffered(g: Array, exact: bool, width: int) -> Iterator[tuple[slice, Array]]:
+def _buffered(g: Array, float64: bool, width: int) -> Iterator[tuple[slice, Array]]:
     """Yield widened blocks of a tensor on the host in one buffer, which stays in cache."""
     torch = sys.modules["torch"]
     width = min(width, g.shape[1])
-    work = torch.float64 if exact or g.dtype == torch.float64 else torch.float32
+    work = torch.float64 if float64 or g.dtype == torch.float64 else torch.float32
     buffer = torch.empty((g.shape[0], width), dtype=work)
     # PyTorch takes two steps from 16 bits to float64 for one element, and one by one.
     narrow = torch.empty_like(buffer, dtype=torch.float32) if _is_two_steps(g, work) else None
@@ -85,29 +85,29 @@ def _is_two_steps(g: Array, work: Any) -> bool:
     return itemsize(g.dtype) == 2 and itemsize(work) == 8
 
 
-def gram(g: Array, *, exact: bool, width: int, home: Home) -> Array:
+def gram(g: Array, *, float64: bool, width: int, home: Home) -> Array:
     """See :func:`mfac_core._ops.rows.gram`."""
     total = home.zeros((g.shape[0], g.shape[0]))
     for columns in column_slices(g.shape[1], min(width, GRAM_COLUMNS)):
-        block = _wide(g[:, columns], exact)
+        block = _wide(g[:, columns], float64)
         total += home.receive(_matmul(block, block.T))
     return total
 
 
-def project(g: Array, x: Array, *, exact: bool, width: int, home: Home) -> Array:
+def project(g: Array, x: Array, *, float64: bool, width: int, home: Home) -> Array:
     """See :func:`mfac_core._ops.rows.project`."""
     total = home.zeros((g.shape[0], *x.shape[1:]))
-    for columns, block in _wide_blocks(g, exact, width):
+    for columns, block in _wide_blocks(g, float64, width):
         total += home.receive(_matmul(block, _like(x[columns, ...], block)))
     return total
 
 
 def combine(
-    g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any, exact: bool, width: int
+    g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any, float64: bool, width: int
 ) -> Array:
     """See :func:`mfac_core._ops.rows.combine`."""
     parts = []
-    for columns, block in _wide_blocks(g, exact, width):
+    for columns, block in _wide_blocks(g, float64, width):
         part = _matmul(block.T, send(c, block, block.dtype))
         if base is not None:
             part = part + alpha * _like(base[columns, ...], block)

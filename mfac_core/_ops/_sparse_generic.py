@@ -23,10 +23,10 @@ from mfac_core._arrays import (
 from mfac_core._ops._entries import Entries, flat, passes
 
 
-def serves(values: Array, exact: bool) -> bool:
+def serves(values: Array, float64: bool) -> bool:
     """Whether the library has a scatter, and the precision that is asked."""
     scatters = is_torch_array(values) or is_jax_array(values)
-    return scatters and (has_float64(values) or not exact)
+    return scatters and (has_float64(values) or not float64)
 
 
 def project(entries: Entries, x: Array, home: Home) -> Array:

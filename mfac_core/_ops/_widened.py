@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mfac_core._arrays import Array, is_numpy_array, is_torch_array, itemsize
+from mfac_core._arrays import Array, is_torch_array, itemsize
 from mfac_core._ops._blocks import column_slices
 
 NDArray = np.ndarray[Any, Any]
@@ -35,17 +35,15 @@ FLOAT16_BIAS = np.float32(2.0**112)
 """What float16 bits moved to the places of a float32 have to be multiplied by."""
 
 
-def serves(g: Array, x: Array, *, exact: bool) -> bool:
-    """Whether the functions here take a product of G, NumPy's or PyTorch's, with a vector."""
-    if x.ndim != 1 or not (is_numpy_array(g) or (is_torch_array(g) and g.device.type == "cpu")):
+def serves(g: Array, x: Array, *, float64: bool) -> bool:
+    """Whether the functions here take a product of PyTorch's G with a vector."""
+    if x.ndim != 1 or not is_torch_array(g) or g.device.type != "cpu":
         return False
-    return itemsize(g.dtype) < (8 if exact else 4)
+    return itemsize(g.dtype) < (8 if float64 else 4)
 
 
 def bits(g: Array) -> NDArray:
-    """View gradients as a NumPy array; bfloat16, which NumPy does not have, as int16."""
-    if is_numpy_array(g):
-        return g
+    """View PyTorch's gradients as a NumPy array; bfloat16, which NumPy does not have, as int16."""
     torch = sys.modules["torch"]
     return (g.view(torch.int16) if g.dtype == torch.bfloat16 else g).numpy()  # type: ignore[no-any-return]
 

@@ -128,6 +128,16 @@ def square(where: Home, a: Array) -> Array:
     return _block_host.square(a) if where.is_numpy else a @ transposed(a)
 
 
+def shifted(where: Home, a: Array, shift: float) -> Array:
+    """Return a + shift·I for a stack just computed, which NumPy's is overwritten by."""
+    n, size, _ = a.shape
+    if not where.is_numpy:
+        return a + shift * where.eye(int(size))
+    a = np.ascontiguousarray(a)
+    a.reshape(n, size * size)[:, :: size + 1] += shift
+    return a
+
+
 def transposed(a: Array) -> Array:
     """Return the transposes of a stack."""
     return a.swapaxes(-1, -2) if isinstance(a, np.ndarray) else a.mT

@@ -1,7 +1,7 @@
 """Passes over the gradients G, shape (m, d): Gram, project, combine.
 
 Products of float32 and 16-bit rows run in float32, block of columns by block of columns, and are
-summed in float64; with ``exact=True`` they run in float64 as a whole. NumPy arrays take the BLAS
+summed in float64; with ``float64=True`` they run in float64 as a whole. NumPy arrays take the BLAS
 path, which works through one buffer; arrays on a CUDA device within CuPy's reach take the kernels,
 whose products are always float64; all others take the array-API path.
 """
@@ -33,50 +33,49 @@ from mfac_core._ops.cuda import passes as cuda_passes
 from mfac_core._ops.cuda import queries as cuda_queries
 
 
-def gram(g: Array, *, exact: bool, home: Home) -> Array:
+def gram(g: Array, *, float64: bool, home: Home) -> Array:
     """G Gᵀ as float64 in ``home``, shape (m, m); d·m² multiplications."""
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
-        return _blas.gram(g, exact=exact, width=width)
-    return _generic.gram(g, exact=exact, width=width, home=home)
+        return _blas.gram(g, float64=float64, width=width)
+    return _generic.gram(g, float64=float64, width=width, home=home)
 
 
-def cross_gram(g: Array, h: Array, *, exact: bool) -> Array:
+def cross_gram(g: Array, h: Array, *, float64: bool) -> Array:
     """G Hᵀ as float64, for two NumPy arrays of as many columns."""
-    return _blas.cross_gram(g, h, exact=exact, width=wide_columns(g.shape[0] + h.shape[0]))
+    return _blas.cross_gram(g, h, float64=float64, width=wide_columns(g.shape[0] + h.shape[0]))
 
 
-def project(g: Array, x: Array, *, exact: bool, home: Home) -> Array:
+def project(g: Array, x: Array, *, float64: bool, home: Home) -> Array:
     """G x as float64 in ``home``, for x of shape (d,) or (d, k); one read of G."""
+    if is_numpy_array(g):
+        return _blas.project(g, x, float64=float64)
     if cuda_passes.serves_product(g, x):
         return cuda_passes.project(g, x, home)
-    width = wide_columns(g.shape[0])
-    if _widened.serves(g, x, exact=exact):
-        work = np.float64 if exact else np.float32
+    if _widened.serves(g, x, float64=float64):
+        work = np.float64 if float64 else np.float32
         return home.receive(_widened.project(_widened.bits(g), to_numpy(x), work))
-    if is_numpy_array(g):
-        return _blas.project(g, x, exact=exact, width=width)
-    return _generic.project(g, x, exact=exact, width=width, home=home)
+    return _generic.project(g, x, float64=float64, width=wide_columns(g.shape[0]), home=home)
 
 
 def combine(
-    g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any, exact: bool
+    g: Array, c: Array, base: Array | None, alpha: float, *, dtype: Any, float64: bool
 ) -> Array:
     """Return alpha·base + Gᵀc, for c (m,) or (m, k) in the home; one read of G.
 
     With a ``dtype``, an array of the gradients' library; with None, as computed.
     """
+    if is_numpy_array(g):
+        return _blas.combine(g, c, base, alpha, dtype=dtype, float64=float64)
     if cuda_passes.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
         return cuda_passes.combine(g, c, base, alpha, dtype=dtype)
-    width = wide_columns(g.shape[0])
-    if _widened.serves(g, c, exact=exact):
-        weights = to_numpy(c).astype(np.float64 if exact else np.float32, copy=False)
+    if _widened.serves(g, c, float64=float64):
+        weights = to_numpy(c).astype(np.float64 if float64 else np.float32, copy=False)
         added = None if base is None else to_numpy(base)
         out = _widened.combine(_widened.bits(g), weights, added, alpha)
         return send(out, g, home_of(g).xp.float64 if dtype is None else dtype)
-    if is_numpy_array(g):
-        return _blas.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
-    return _generic.combine(g, c, base, alpha, dtype=dtype, exact=exact, width=width)
+    width = wide_columns(g.shape[0])
+    return _generic.combine(g, c, base, alpha, dtype=dtype, float64=float64, width=width)
 
 
 def take(g: Array, columns: np.ndarray[Any, Any], home: Home) -> Array:
@@ -127,8 +126,8 @@ def square_norms(x: Array) -> np.ndarray[Any, Any]:
     return to_numpy(total)
 
 
-def always_exact(g: Array) -> bool:
-    """Whether products with G run in float64 whatever ``exact`` says: those of the kernels do."""
+def always_float64(g: Array) -> bool:
+    """Whether products with G run in float64 whatever ``float64`` says: those of the kernels do."""
     return not is_jax_array(g) and cuda_passes.serves(g)
 
 

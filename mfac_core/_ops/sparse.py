@@ -125,12 +125,12 @@ def _blocks_of(indices: Array, values: Array, block: Array, offset: Array) -> tu
     return xp.astype(same, xp.float32), xp.take(values, block, axis=0)
 
 
-def always_exact(values: Array) -> bool:
-    """Whether products run in float64 whatever ``exact`` says."""
+def always_float64(values: Array) -> bool:
+    """Whether products run in float64 whatever ``float64`` says."""
     return has_float64(values)
 
 
-def project(entries: Entries, x: Array, *, exact: bool, home: Home) -> Array:
+def project(entries: Entries, x: Array, *, float64: bool, home: Home) -> Array:
     """G x as float64 in ``home``, for x of shape (d,) or (d, k); one read of the entries."""
     values = entries.values
     if not entries.m:
@@ -139,7 +139,7 @@ def project(entries: Entries, x: Array, *, exact: bool, home: Home) -> Array:
         return _sparse_scipy.project(entries, to_numpy(x))
     if cuda_sparse.serves(entries, x):
         return cuda_sparse.project(entries, x, home)
-    if not _sparse_generic.serves(values, exact) or 0 in x.shape:
+    if not _sparse_generic.serves(values, float64) or 0 in x.shape:
         return home.receive(_sparse_scipy.project(entries.on_host(), to_numpy(x)))
     if x.ndim == 1:
         return _sparse_generic.project(entries, x, home)
@@ -148,7 +148,7 @@ def project(entries: Entries, x: Array, *, exact: bool, home: Home) -> Array:
 
 
 def combine(
-    entries: Entries, c: Array, base: Array | None, alpha: float, *, dtype: Any, exact: bool
+    entries: Entries, c: Array, base: Array | None, alpha: float, *, dtype: Any, float64: bool
 ) -> Array:
     """Return alpha·base + Gᵀc, for c (m,) or (m, k) in the home; one read of the entries.
 
@@ -161,7 +161,7 @@ def combine(
     computed = dtype is not None or has_float64(values)
     if cuda_sparse.serves_combination(entries, c, base) and computed:
         return cuda_sparse.combine(entries, c, base, alpha, dtype)
-    if not _sparse_generic.serves(values, exact) or 0 in c.shape:
+    if not _sparse_generic.serves(values, float64) or 0 in c.shape:
         added = None if base is None else to_numpy(base)
         result = _sparse_scipy.combine(entries.on_host(), to_numpy(c), added, alpha, np.float64)
         if dtype is None and has_float64(values):

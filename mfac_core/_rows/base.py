@@ -42,7 +42,7 @@ class Rows(ABC):
 
     Three acts suffice to read them: ``gram`` GGᵀ, ``project`` GX and ``combine`` GᵀC; plus
     columns, block by block or by index. What is m-sized comes and goes as float64 in the
-    ``home``; over ranks that hold different columns it is summed by ``reduce``. With ``exact``
+    ``home``; over ranks that hold different columns it is summed by ``reduce``. With ``float64``
     set, products of narrower dtypes run in float64.
 
     Parameters
@@ -59,7 +59,7 @@ class Rows(ABC):
         self.like = like
         self.used, self._d = shape
         self.home: Home = home_of(like)
-        self.exact = False
+        self.float64 = False
         self.reduce = reduce
         self.total_columns = self._d
         if reduce is not None:
@@ -72,7 +72,7 @@ class Rows(ABC):
                 raise ValueError(msg)
             self.total_columns = int(columns)
 
-    always_exact = False
+    always_float64 = False
     """Whether products run in float64 whatever is asked."""
 
     @abstractmethod
@@ -114,12 +114,12 @@ class Rows(ABC):
     @property
     def rounds(self) -> bool:
         """Whether products run in float32."""
-        return not self.exact and itemsize(self.like.dtype) != 8
+        return not self.float64 and itemsize(self.like.dtype) != 8
 
     def in_float64(self) -> Rows:
         """Return the same rows with products in float64."""
         rows = copy.copy(self)
-        rows.exact = True
+        rows.float64 = True
         return rows
 
     def columns_argument(self, x: Any, name: str, ndim: tuple[int, ...]) -> Columns:
@@ -130,27 +130,27 @@ class Rows(ABC):
 
     # -- passes ----------------------------------------------------------------------------
 
-    def gram(self, *, exact: bool = False) -> Array:
+    def gram(self, *, float64: bool = False) -> Array:
         """G Gᵀ, float64 (m, m)."""
-        exact = exact or self.exact
+        float64 = float64 or self.float64
         total = self.home.zeros((self.used, self.used))
         for _, part in self.parts():
-            gram = ops.gram(part, exact=exact, home=self.home)
+            gram = ops.gram(part, float64=float64, home=self.home)
             total += gram[: self.used, : self.used]
         return self.summed(total)
 
     def project(self, x: Columns) -> Array:
         """G x, float64 (m,) or (m, k); in float64 products when x is float64."""
-        exact = self.exact or itemsize(first_of(x).dtype) == 8
+        float64 = self.float64 or itemsize(first_of(x).dtype) == 8
         with np.errstate(over="ignore", invalid="ignore"):
-            total = self._project(x, exact)
-        if self.home.is_host and not exact and _left_float32(total) and self._is_nonzero(x):
+            total = self._project(x, float64)
+        if self.home.is_host and not float64 and _left_float32(total) and self._is_nonzero(x):
             total = self._project(x, True)
         return total
 
-    def _project(self, x: Columns, exact: bool) -> Array:
+    def _project(self, x: Columns, float64: bool) -> Array:
         products = [
-            ops.project(part, _piece(x, i, columns, part), exact=exact, home=self.home)
+            ops.project(part, _piece(x, i, columns, part), float64=float64, home=self.home)
             for i, (columns, part) in enumerate(self.parts())
         ] or [self.home.zeros((self.used, *first_of(x).shape[1:]))]
         total = sum(products[1:], start=products[0])[: self.used, ...]
@@ -166,27 +166,27 @@ class Rows(ABC):
         alpha: float,
         *,
         dtype: Any,
-        exact: bool | None = None,
+        float64: bool | None = None,
     ) -> Columns:
         """alpha·base + Gᵀc in the gradients' library as ``dtype``, (d,) or (d, k)."""
-        exact = (self.exact if exact is None else exact) or itemsize(dtype) == 8
-        return self._combine(c, base, alpha, dtype, exact)
+        float64 = (self.float64 if float64 is None else float64) or itemsize(dtype) == 8
+        return self._combine(c, base, alpha, dtype, float64)
 
     def combine_wide(self, c: Array, base: Columns | None, alpha: float) -> Columns:
         """alpha·base + Gᵀc as float64, in NumPy where the gradients' library lacks it."""
         return self._combine(c, base, alpha, None, True)
 
     def _combine(
-        self, c: Array, base: Columns | None, alpha: float, dtype: Any, exact: bool
+        self, c: Array, base: Columns | None, alpha: float, dtype: Any, float64: bool
     ) -> Columns:
-        if not exact and self.home.is_host:
-            exact = _left_float32(c) or (base is not None and _left_float32(np.asarray(alpha)))
+        if not float64 and self.home.is_host:
+            float64 = _left_float32(c) or (base is not None and _left_float32(np.asarray(alpha)))
         pieces = []
         for i, (columns, part) in enumerate(self.parts()):
             if unused := part.shape[0] - c.shape[0]:
                 c = xpx.pad(c, [(0, unused), *[(0, 0)] * (c.ndim - 1)], xp=self.home.xp)
             piece = None if base is None else _piece(base, i, columns, part)
-            pieces.append(ops.combine(part, c, piece, alpha, dtype=dtype, exact=exact))
+            pieces.append(ops.combine(part, c, piece, alpha, dtype=dtype, float64=float64))
         if isinstance(base, list):
             return pieces
         return pieces[0] if len(pieces) == 1 else joined(pieces)

@@ -21,7 +21,7 @@ class MaskedRows(Rows):
     def __init__(self, rows: Rows, mask: Array) -> None:
         self._rows, self._mask = rows, mask
         super().__init__(rows.like, rows.shape, rows.reduce)
-        self.exact = rows.exact
+        self.float64 = rows.float64
 
     def parts(self) -> Iterator[tuple[slice, Array]]:
         """Yield blocks of columns."""

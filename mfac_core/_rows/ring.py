@@ -106,7 +106,7 @@ class ArrayRing(ArrayRows, Ring):
     def __init__(self, array: Array, reduce: Reduce | None = None) -> None:
         super().__init__(array, used=0, reduce=reduce)
         self.slots = []
-        self.exact = self.always_exact = ops.always_exact(array)
+        self.float64 = self.always_float64 = ops.always_float64(array)
 
     @property
     def capacity(self) -> int:

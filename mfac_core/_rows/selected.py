@@ -23,7 +23,7 @@ class SelectedRows(Rows):
         self._rows = rows
         self._indices = indices
         super().__init__(rows.like, (rows.shape[0], len(indices)), rows.reduce)
-        self.exact = rows.exact
+        self.float64 = rows.float64
 
     def parts(self) -> Iterator[tuple[slice, Array]]:
         """Yield blocks of selected columns, with the positions they cover among the selected."""

@@ -30,15 +30,15 @@ class SharedRing(ArrayRing):
         self._counted = counted
         super().__init__(array, reduce)
 
-    def gram(self, *, exact: bool = False) -> Array:
+    def gram(self, *, float64: bool = False) -> Array:
         """See :class:`Rows`."""
         counted = self.array[: self.used, : self._counted]
-        return self.summed(ops.gram(counted, exact=exact or self.exact, home=self.home))
+        return self.summed(ops.gram(counted, float64=float64 or self.float64, home=self.home))
 
-    def _project(self, x: Any, exact: bool) -> Array:
+    def _project(self, x: Any, float64: bool) -> Array:
         counted = self.array[: self.used, : self._counted]
         return self.summed(
-            ops.project(counted, x[: self._counted, ...], exact=exact, home=self.home)
+            ops.project(counted, x[: self._counted, ...], float64=float64, home=self.home)
         )
 
     def square_norms(self, x: Array) -> np.ndarray[Any, Any]:

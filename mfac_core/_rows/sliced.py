@@ -164,35 +164,35 @@ class LongRows(SlicedRows):
         for cut in self._cuts(max(PART_BYTES // (itemsize(self.dtype) * self.used), 1)):
             yield slice(cut.start - first, cut.stop - first), self._source.columns(cut)
 
-    def gram(self, *, exact: bool = False) -> Array:
+    def gram(self, *, float64: bool = False) -> Array:
         """See :meth:`Rows.gram`."""
-        exact = exact or self.exact
+        float64 = float64 or self.float64
         total = np.zeros((self.used, self.used))
         for panel in self._cuts(self._source.width):
             row = (panel.stop - panel.start) * itemsize(self.dtype)
             height = max(HELD_BYTES // row // self._source.height, 1) * self._source.height
             for held in ops.column_slices(self.used, height):
                 block = self._source.read(held, panel)
-                total[held, held] += ops.gram(block, exact=exact, home=self.home)
+                total[held, held] += ops.gram(block, float64=float64, home=self.home)
                 for rows in ops.column_slices(self.used, self._source.height, held.stop):
                     other = self._source.read(rows, panel)
-                    products = ops.cross_gram(block, other, exact=exact)
+                    products = ops.cross_gram(block, other, float64=float64)
                     total[held, rows] += products
                     total[rows, held] += products.T
                     del other  # before the next is read
         return self.summed(total)
 
-    def _project(self, x: Any, exact: bool) -> Array:
+    def _project(self, x: Any, float64: bool) -> Array:
         total = self.home.zeros((self.used, *first_of(x).shape[1:]))
         for rows, columns, block in self._blocks():
-            total[rows, ...] += ops.project(block, x[columns, ...], exact=exact, home=self.home)
+            total[rows, ...] += ops.project(block, x[columns, ...], float64=float64, home=self.home)
         return self.summed(total)
 
-    def _combine(self, c: Array, base: Any, alpha: float, dtype: Any, exact: bool) -> Columns:
+    def _combine(self, c: Array, base: Any, alpha: float, dtype: Any, float64: bool) -> Columns:
         out = np.zeros((self.shape[1], *c.shape[1:]))
         for rows, columns, block in self._blocks():
             out[columns] += ops.combine(
-                block, c[rows, ...], None, 1.0, dtype=np.float64, exact=True
+                block, c[rows, ...], None, 1.0, dtype=np.float64, float64=True
             )
         if base is not None:
             out += alpha * base

@@ -90,7 +90,7 @@ class SparseRing(Ring):
         self.indices, self.values, self.error = indices, values, error
         self.format = format
         self.slots = []
-        self.exact = self.always_exact = sparse.always_exact(values)
+        self.float64 = self.always_float64 = sparse.always_float64(values)
 
     @classmethod
     def empty(cls, like: Array, capacity: int, format: Format, reduce: Reduce | None) -> SparseRing:
@@ -136,13 +136,13 @@ class SparseRing(Ring):
 
     def project(self, x: Array) -> Array:
         """See :meth:`Rows.project`; x is one array."""
-        exact = self.exact or itemsize(x.dtype) == 8
-        return self.summed(sparse.project(self.entries, x, exact=exact, home=self.home))
+        float64 = self.float64 or itemsize(x.dtype) == 8
+        return self.summed(sparse.project(self.entries, x, float64=float64, home=self.home))
 
     def _combine(
-        self, c: Array, base: Columns | None, alpha: float, dtype: Any, exact: bool
+        self, c: Array, base: Columns | None, alpha: float, dtype: Any, float64: bool
     ) -> Columns:
-        return sparse.combine(self.entries, c, base, alpha, dtype=dtype, exact=exact)
+        return sparse.combine(self.entries, c, base, alpha, dtype=dtype, float64=float64)
 
     # -- the ring --------------------------------------------------------------------------
 

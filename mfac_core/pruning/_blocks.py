@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mfac_core._arrays import Array, Home
+from mfac_core._operators.primal import fisher_blocks
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.plan import Batch, Positions, gathered, indices, scattered
 from mfac_core.pruning._groups import Labels, Rises, by_size, half_squares
@@ -213,8 +214,7 @@ class RowsPart(StackPart):
         m, width = int(g.shape[1]), int(g.shape[2])
         if width > m:
             return Dual(self._home, g, self._damping)
-        fisher = ops.square(self._home, ops.transposed(g)) / m
-        return Primal(self._home, fisher + self._damping * self._home.eye(width), self._damping)
+        return Primal(self._home, fisher_blocks(self._home, g, self._damping), self._damping)
 
     def _masked_block(self) -> Array:
         """Return the columns as they are stored, with zeros for the removed; for kernels alone."""

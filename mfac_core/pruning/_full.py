@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from mfac_core._arrays import Array, Home, send
-from mfac_core._dual import Dual
+from mfac_core._operators.kept import KeptInverse
 from mfac_core._operators.primal import fisher_blocks
 from mfac_core._operators.stacks import finite
-from mfac_core._operators.static import InverseFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows
 from mfac_core._rows.masked import MaskedRows
@@ -18,9 +17,6 @@ from mfac_core._rows.plan import indices
 from mfac_core._rows.selected import SelectedRows
 from mfac_core.pruning._groups import Labels, Rises, by_size, half_squares
 from mfac_core.pruning._inverses import Primal
-
-LEAST_LEFT = 1 / 16
-"""Part of a gradient's square norm that must be left of it for its Gram to be used on."""
 
 
 class FullPart:
@@ -37,9 +33,8 @@ class FullPart:
         self.length = rows.shape[1]
         self._kept: Array = None
         self._indices = np.arange(0)
-        self._norms: Any = None
         self._small: Primal | None = None
-        self._inverse: InverseFisher | None = None
+        self._inverse: KeptInverse | None = None
 
     doubtful = False
     """Its inverse warns by itself."""
@@ -48,21 +43,27 @@ class FullPart:
         """See :class:`KeptFisher`."""
         if not self._home.is_numpy:
             self._kept = kept
-            selected: Rows = MaskedRows(self._rows, kept)
-            self._inverse = InverseFisher._of_rows(selected, self._damping)
+            self._inverse = KeptInverse(MaskedRows(self._rows, kept), self._damping)
             return
-        gram = None if self._inverse is None else self._smaller_gram(self._inverse, kept)
+        before, indices = self._inverse, self._indices
         self._kept, self._indices = kept, np.flatnonzero(kept)
         self._inverse = self._small = None
-        m = self._rows.shape[0]
-        if self._rows.reduce is None and len(self._indices) <= m:
+        if self._rows.reduce is None and len(self._indices) <= self._rows.shape[0]:
             self._invert_primal()
             return
-        if len(self._indices) or self._rows.reduce is not None:
-            selected = SelectedRows(self._rows, self._indices)
-            self._inverse = InverseFisher._of_rows(selected, self._damping, gram)
-            if gram is None:
-                self._norms = self._square_norms(self._inverse._dual.gram)
+        if before is not None:
+            self._rows.float64 = before.float64
+        rows = SelectedRows(self._rows, self._indices)
+        if before is None or self._anew(indices, kept):
+            self._inverse = KeptInverse(rows, self._damping)
+        else:
+            removed = SelectedRows(self._rows, indices[~kept[indices]])
+            self._inverse = before.without(rows, removed)
+
+    def _anew(self, indices: Labels, kept: Array) -> bool:
+        """Whether the columns were not among those before, or are fewer than what is removed."""
+        left = int(np.count_nonzero(kept[indices]))
+        return self._rows.anywhere(left < len(self._indices) or 2 * left <= len(indices))
 
     def _invert_primal(self) -> None:
         """Invert the matrix of no more weights than there are rows."""
@@ -74,28 +75,6 @@ class FullPart:
                 self._home, fisher_blocks(self._home, g[None], self._damping), self._damping
             )
         self.doubtful = self._small.doubtful
-
-    def _smaller_gram(self, inverse: InverseFisher, kept: Array) -> Any:
-        """Return the Gram of fewer weights from that of more, or None where that does not do.
-
-        The rounding errors of a Gram stay in it when parts of it are taken off. They are small
-        beside what is left as long as no row has lost most of its length.
-        """
-        # Products that had to be exact once would have to be again.
-        self._rows.exact = inverse._rows.exact
-        removed = self._indices[~kept[self._indices]]
-        left = len(self._indices) - len(removed)
-        grown = left != np.count_nonzero(kept)
-        if self._rows.rounds or self._rows.anywhere(grown or len(removed) >= left):
-            return None
-        gram = inverse._dual.gram - SelectedRows(self._rows, removed).gram()
-        lost = self._square_norms(gram) < LEAST_LEFT * self._norms
-        return None if bool(self._rows.home.xp.any(lost)) else gram
-
-    def _square_norms(self, gram: Any) -> Any:
-        """Return a copy of the diagonal."""
-        xp = self._rows.home.xp
-        return xp.asarray(xp.linalg.diagonal(gram), copy=True)
 
     def _worked_on(self, x: Array) -> Array:
         """Return what of x belongs to the columns that are worked on, zero where not kept."""
@@ -117,8 +96,7 @@ class FullPart:
             return self._placed(self._small.diagonal()[0], np.inf)
         if self._inverse is None:
             return self._placed(np.zeros(0), np.inf)
-        diagonal = self._inverse._ask(self._inverse._diagonal)
-        return self._placed(ops.received(self._home, diagonal), np.inf)
+        return self._placed(ops.received(self._home, self._inverse.diagonal()), np.inf)
 
     def apply(self, x: Array) -> Array:
         """See :class:`Part`."""
@@ -127,7 +105,7 @@ class FullPart:
             return self._placed(self._small.apply(x[None])[0], 0.0)
         if self._inverse is None:
             return self._placed(x, 0.0)
-        product = self._inverse._ask(self._inverse._apply, self._beside(x))
+        product = self._inverse.product(self._beside(x))
         return self._placed(ops.received(self._home, product), 0.0)
 
     def joint(self, weights: Array) -> Array:
@@ -140,7 +118,7 @@ class FullPart:
         elif self._inverse is None:
             return kept
         else:
-            spread = ops.received(self._home, self._inverse._ask(self._inverse._spread, z))
+            spread = ops.received(self._home, self._inverse.spread(z))
         return kept + self._placed(spread, 0.0)
 
     def _small_spread(self, z: Any) -> Array:
@@ -169,8 +147,6 @@ class FullPart:
         inverse = self._inverse
         if inverse is None and self._small is None:
             return []
-        if inverse is not None and inverse._rows.rounds:  # what follows subtracts from one
-            inverse._digits.go_to_float64()
         m, found = self._rows.shape[0], []
         for groups, members in by_size(labels, m):
             if inverse is None or 2 * members.shape[1] <= m:
@@ -184,7 +160,7 @@ class FullPart:
     def _rises_of_few(self, weights: Array, members: Labels) -> Array:
         """Return the rises of groups of k weights from [F_RR⁻¹]_QQ."""
         xp = self._home.xp
-        n, k = members.shape
+        n = len(members)
         columns = self._rows.take(members.ravel())
         values = self._chosen(weights, members)
         sums = xp.sum(self._grouped(columns, n) * values[:, None, :], axis=2)
@@ -196,10 +172,7 @@ class FullPart:
             squares = self._small.submatrices(pieces)
         else:
             assert self._inverse is not None
-            white = self._inverse._dual.whiten(columns, self._rows.home)
-            split = self._grouped(white, n)
-            products = ops.square(self._home, ops.transposed(split))
-            squares = (self._home.eye(k) - products) / self._damping
+            squares = self._inverse.squares(columns, n)
         return half_squares(self._home, squares, values, flat / 2.0, (flat + sharp) / 2.0)
 
     def _chosen(self, x: Array, members: Labels) -> Array:
@@ -211,18 +184,17 @@ class FullPart:
         """Return columns (m, n·k) of n groups as (n, m, k)."""
         return ops.split(self._home, columns, int(columns.shape[1]) // n)
 
-    def _rise_of_many(self, inverse: InverseFisher, weights: Array, members: Labels) -> float:
+    def _rise_of_many(self, inverse: KeptInverse, weights: Array, members: Labels) -> float:
         """Return ½ λ(‖w_Q‖² + zᵀB⁻¹z), z = G_Q w_Q, with B = A_R − G_Q G_Qᵀ that of the rest."""
-        home, dual = self._rows.home, inverse._dual
+        home, m = self._rows.home, self._rows.shape[0]
         first, last = int(members[0]), int(members[-1]) + 1
         group = SelectedRows(self._rows.stretch(first, last), members - first)
-        gram, z = dual.gram, home.zeros(len(dual))
+        gram, z = home.zeros((m, m)), home.zeros(m)
         values = home.receive(self._chosen(weights, members))
         done = 0
         for _, columns in group.wide_blocks():
             block = home.receive(columns)
-            gram = gram - block @ block.T
+            gram = gram + block @ block.T
             z = z + block @ values[done : done + block.shape[1]]
             done += int(block.shape[1])
-        rest = Dual(gram, dual.shift, home)
-        return self._damping / 2.0 * (float(values @ values) + float(z @ rest.solve(z)))
+        return self._damping / 2.0 * (float(values @ values) + inverse.without_form(gram, z))

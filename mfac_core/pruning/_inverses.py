@@ -86,7 +86,7 @@ class Dual:
         self._home, self._g, self._damping = home, g, damping
         self._m = int(g.shape[1])
         shift = self._m * damping
-        dual = ops.square(home, g) + shift * home.eye(self._m)
+        dual = ops.shifted(home, ops.square(home, g), shift)
         self._factor, self.doubtful = ops.inverse_factor(home, dual, shift)
         self._white: Array = None
 

@@ -141,7 +141,7 @@ class KeptFisher:
 class BlockStretch:
     """Consecutive blocks, batch by batch.
 
-    Those shorter than the rows are many are kept as the matrices that they are, as far as
+    Those no longer than the rows are many are kept as the matrices that they are, as far as
     ``KEPT_BYTES`` goes; of the others nothing is kept.
     """
 
@@ -152,7 +152,7 @@ class BlockStretch:
         m = rows.shape[0]
         # A kernel goes from the gradients to the inverses at once.
         by_kernel = ops.inverts(self._home, rows.like, max(sizes))
-        self._short = max(sizes) < m and not by_kernel
+        self._short = max(sizes) <= m and not by_kernel
         self._plan = batches(sizes, m, ops.batch_bytes(self._home))
         self._fishers: list[list[Array]] = []
         self._room = 0
@@ -246,7 +246,7 @@ def _stretches(
     def kind(size: int) -> str:
         if (len(sizes) == 1 and size >= m) or 8 * size * m > WIDE_BYTES:
             return "long"
-        return "short" if size < m else "dual"
+        return "short" if size <= m else "dual"
 
     for name, group in groupby(sizes, kind):
         some = list(group)

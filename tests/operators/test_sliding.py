@@ -142,11 +142,11 @@ def test_float64_products_end_when_the_gradients_that_asked_for_them_have_left(r
     for _ in range(9):
         window.append(row)
         window @ x
-    assert window._rows.exact
+    assert window._rows.float64
     for _ in range(17):
         window.append(rng.standard_normal(50).astype("float32"))
         window @ x
-    assert not window._rows.exact
+    assert not window._rows.float64
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)

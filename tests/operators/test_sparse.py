@@ -396,7 +396,7 @@ def test_the_rows_by_columns(rng, short_blocks, backend):
     stretch = rows.stretch(6, 30)
     assert (numpy64(stretch.array) == held[:, 6:30]).all()
     assert stretch.dtype == rows.dtype
-    assert relative_error(rows.gram(exact=True), held @ held.T) <= 1e-14
+    assert relative_error(rows.gram(float64=True), held @ held.T) <= 1e-14
 
 
 def test_columns_spread_over_ranks(rng):

@@ -74,7 +74,7 @@ def test_rows_that_start_anywhere(cupy, rng, offset):
     storage = rng.standard_normal(3 * 64 + offset).astype("float32")
     g = cupy.asarray(storage)[offset:].reshape(3, 64)
     exact = storage[offset:].reshape(3, 64).astype("float64")
-    product = rows.project(g, g[1], exact=True, home=home_of(g))
+    product = rows.project(g, g[1], float64=True, home=home_of(g))
     assert relative_error(product, exact @ exact[1]) <= 1e-12
 
 
@@ -84,7 +84,7 @@ def test_another_stream(cupy, rng):
     cupy.cuda.Device().synchronize()
     with cupy.cuda.Stream(non_blocking=True) as stream:
         doubled = g * 2
-        product = rows.project(doubled, doubled[3], exact=True, home=home_of(g))
+        product = rows.project(doubled, doubled[3], float64=True, home=home_of(g))
         stream.synchronize()
     exact = 2 * values.astype("float64")
     assert relative_error(product, exact @ exact[3]) <= 1e-12
@@ -98,15 +98,17 @@ def test_products_are_those_of_the_host_executor(cupy, monkeypatch, rng, dtype, 
     x, x_on_device = stored(cupy, rng, d, dtype)
     c = rng.standard_normal(13)
     home = home_of(on_device)
-    product = rows.project(on_device, x_on_device, exact=False, home=home)
-    combination = rows.combine(on_device, cupy.asarray(c), x_on_device, 0.5, dtype=None, exact=True)
+    product = rows.project(on_device, x_on_device, float64=False, home=home)
+    combination = rows.combine(
+        on_device, cupy.asarray(c), x_on_device, 0.5, dtype=None, float64=True
+    )
     monkeypatch.setattr(cuda_machine, "current", HostMachine("fast"))
-    expected = rows.project(host_array(g), host_array(x), exact=False, home=DeviceHome())
+    expected = rows.project(host_array(g), host_array(x), float64=False, home=DeviceHome())
     expected = host_view(expected)
     terms = abs(g.astype("float64")) @ abs(x.astype("float64"))
     assert (abs(numpy64(product) - expected) <= d * 2.0**-52 * terms).all()
     expected = host_view(
-        rows.combine(host_array(g), host_array(c), host_array(x), 0.5, dtype=None, exact=True)
+        rows.combine(host_array(g), host_array(c), host_array(x), 0.5, dtype=None, float64=True)
     )
     terms = abs(g.astype("float64").T) @ abs(c) + abs(x.astype("float64"))
     assert (abs(numpy64(combination) - expected) <= 16 * 2.0**-52 * terms).all()
@@ -206,11 +208,11 @@ def test_more_than_two_to_the_31_elements(cupy, rng):
     g[:, places] = cupy.asarray(values)
     x = cupy.zeros(d, "float16")
     x[places] = 1.0
-    product = rows.project(g, x, exact=False, home=home_of(g))
+    product = rows.project(g, x, float64=False, home=home_of(g))
     expected = values.astype("float64").sum(axis=1)
     assert abs(product.get() - expected).max() <= 1e-12
     c = rng.standard_normal(m)
-    y = rows.combine(g, cupy.asarray(c), None, 1.0, dtype=g.dtype, exact=True)
+    y = rows.combine(g, cupy.asarray(c), None, 1.0, dtype=g.dtype, float64=True)
     assert relative_error(y[places].get(), c @ values.astype("float64")) <= 2.0**-10
     taken = rows.take(g, places, home_of(g))
     assert (taken.get() == values).all()

@@ -30,7 +30,7 @@ def products(machine, rng):
     """
     m, d = 11, 2048 + 60
     g, x = rng.standard_normal((m, d)), rng.standard_normal((d, 2))
-    y = rows.project(host_array(g), host_array(x), exact=True, home=DeviceHome())
+    y = rows.project(host_array(g), host_array(x), float64=True, home=DeviceHome())
     yield host_view(y), g @ x
     ring = host_array(g)
     y, _ = rows.exchange(ring, 8, host_array(x[:, 0].copy()), DeviceHome())
@@ -47,7 +47,7 @@ def combinations(machine, rng):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_passes, "COMBINE_THREADS", threads)
             y = rows.combine(
-                host_array(g), host_array(c), host_array(base), 0.5, dtype=None, exact=True
+                host_array(g), host_array(c), host_array(base), 0.5, dtype=None, float64=True
             )
         yield host_view(y), 0.5 * base + g.T @ c
 
@@ -155,10 +155,10 @@ def sparse_products(machine, rng):
         for rows_of_slice in (1000, 20):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(cuda_sparse, "SLICE_ROWS", rows_of_slice)
-                y = sparse.project(entries, host_array(x), exact=True, home=DeviceHome())
+                y = sparse.project(entries, host_array(x), float64=True, home=DeviceHome())
                 yield host_view(y), dense @ x
                 y = sparse.combine(
-                    entries, host_array(c), host_array(x), 0.5, dtype=None, exact=True
+                    entries, host_array(c), host_array(x), 0.5, dtype=None, float64=True
                 )
                 yield host_view(y), 0.5 * x + dense.T @ c
 

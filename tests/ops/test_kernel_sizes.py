@@ -32,16 +32,16 @@ def passes(rng):
         g = rng.standard_normal((m, d)).astype("float32")
         for columns in (1, 3):
             x = rng.standard_normal((d, columns) if columns > 1 else d)
-            product = rows.project(host_array(g), host_array(x), exact=True, home=DeviceHome())
+            product = rows.project(host_array(g), host_array(x), float64=True, home=DeviceHome())
             yield product, g @ x
             c = rng.standard_normal((m, columns) if columns > 1 else m)
-            y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, exact=True)
+            y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, float64=True)
             yield y, g.T.astype("float64") @ c
     g = rng.standard_normal((200, 33))  # in slices, that are summed by groups of 32
     c = rng.standard_normal(200)
-    y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, exact=True)
+    y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, float64=True)
     yield y, g.T @ c
-    y = rows.combine(host_array(g), host_array(c), host_array(g[0]), 3.0, dtype=None, exact=True)
+    y = rows.combine(host_array(g), host_array(c), host_array(g[0]), 3.0, dtype=None, float64=True)
     yield y, g.T @ c + 3.0 * g[0]
 
 
@@ -51,10 +51,10 @@ def addresses(rng):
     x = rng.standard_normal(64).astype("float32")
     c = rng.standard_normal(3)
     for lay_g, lay_x in ((host_array, shifted), (shifted, host_array), (shifted, shifted)):
-        product = rows.project(lay_g(g), lay_x(x), exact=True, home=DeviceHome())
+        product = rows.project(lay_g(g), lay_x(x), float64=True, home=DeviceHome())
         yield product, g.astype("float64") @ x
         y = rows.combine(
-            lay_g(g), host_array(c), lay_x(x), 2.0, dtype=np.dtype("float64"), exact=True
+            lay_g(g), host_array(c), lay_x(x), 2.0, dtype=np.dtype("float64"), float64=True
         )
         yield y, g.T.astype("float64") @ c + 2.0 * x
         ring = lay_g(g.copy())
@@ -169,8 +169,8 @@ def sparse_passes(rng):
         whole = whole[:, :d]
         x = rng.standard_normal((d, columns) if columns > 1 else d)
         c = rng.standard_normal((m, columns) if columns > 1 else m)
-        yield sparse.project(entries, host_array(x), exact=True, home=DeviceHome()), whole @ x
-        y = sparse.combine(entries, host_array(c), host_array(x), 0.5, dtype=None, exact=True)
+        yield sparse.project(entries, host_array(x), float64=True, home=DeviceHome()), whole @ x
+        y = sparse.combine(entries, host_array(c), host_array(x), 0.5, dtype=None, float64=True)
         yield y, 0.5 * x + whole.T @ c
 
 

@@ -78,7 +78,7 @@ def test_project(machine, dtype, other):
         rng = np.random.default_rng(seed)
         g, exact_g = stored(rng, (m, d), dtype)
         x, exact_x = stored(rng, (d, columns) if columns else (d,), x_dtype)
-        product = rows.project(host_array(g), host_array(x), exact=False, home=DeviceHome())
+        product = rows.project(host_array(g), host_array(x), float64=False, home=DeviceHome())
         assert ran(machine, "project", "sum_parts")
         expected, bound = contract(exact_g, exact_x)
         assert product.dtype == np.float64
@@ -151,7 +151,7 @@ def test_combine(machine, monkeypatch, dtype, out, threads):
             None if alpha is None else host_array(base),
             1.0 if alpha is None else alpha,
             dtype=None if out is None else NUMPY_DTYPES[out],
-            exact=True,
+            float64=True,
         )
         sliced = threads == "many" and m >= 6
         assert ran(machine, "combine", *(["sum_parts"] if sliced else []))
@@ -172,7 +172,7 @@ def test_combine_stages_more_rows_than_shared_memory_holds(machine, monkeypatch,
     c = rng.standard_normal((1100, 2))
     monkeypatch.setattr(cuda_passes, "COMBINE_THREADS", 1)  # one slice, of three tiles
     for machine.order in ("forward", "backward", "random"):
-        y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, exact=True)
+        y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, float64=True)
         assert ran(machine, "combine")
         expected, bound = contract(exact_g.T, c)
         assert (abs(host_view(y) - expected) <= bound).all()
@@ -440,7 +440,7 @@ def test_sparse_rows(machine, monkeypatch, dtype, other, slices):
         d, k = blocks * width - int(short * width), int(np.ceil(density * width))
         entries, exact = sparse_rows(rng, m, d, width, k, dtype, m + spare)
         x, exact_x = stored(rng, (d, columns) if columns else (d,), out)
-        product = sparse.project(entries, host_array(x), exact=False, home=DeviceHome())
+        product = sparse.project(entries, host_array(x), float64=False, home=DeviceHome())
         assert ran(machine, "sparse_project", "sum_parts")
         expected, bound = contract(exact, exact_x)
         assert product.dtype == np.float64
@@ -449,7 +449,7 @@ def test_sparse_rows(machine, monkeypatch, dtype, other, slices):
         c = rng.standard_normal((m, columns) if columns else (m,))
         base = None if alpha is None else host_array(x)
         result = sparse.combine(
-            entries, host_array(c), base, alpha or 0.0, dtype=NUMPY_DTYPES[out], exact=True
+            entries, host_array(c), base, alpha or 0.0, dtype=NUMPY_DTYPES[out], float64=True
         )
         sliced = slices == "many" and m >= 6
         assert ran(machine, "sparse_combine", *(["sum_parts"] if sliced else []))
@@ -503,7 +503,7 @@ def test_rows_that_start_anywhere_are_read_rightly(machine, rng, offset):
     x = rng.standard_normal(64).astype("float32")
     g = host_array(storage)[offset:].reshape(3, 64)
     exact = storage[offset:].reshape(3, 64).astype("float64")
-    product = rows.project(g, host_array(x), exact=False, home=DeviceHome())
+    product = rows.project(g, host_array(x), float64=False, home=DeviceHome())
     assert ran(machine, "project", "sum_parts")
     expected, bound = contract(exact, x.astype("float64"))
     assert (abs(host_view(product) - expected) <= bound).all()
@@ -516,7 +516,7 @@ def test_pytorch_tensors_take_the_same_kernels(machine, rng):
         if dtype == "float64":
             g = torch.from_numpy(values)
         c = torch.from_numpy(rng.standard_normal(5))
-        y = rows.combine(g, c, g[0], 2.0, dtype=g.dtype, exact=True)
+        y = rows.combine(g, c, g[0], 2.0, dtype=g.dtype, float64=True)
         assert ran(machine, "combine")
         assert isinstance(y, torch.Tensor)
         assert y.dtype == g.dtype

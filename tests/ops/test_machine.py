@@ -86,13 +86,13 @@ def torch_on_its_stream(b):
         for dtype, rtol in (("float32", 1e-12), ("bfloat16", 1e-2)):
             g = b.tensor(rng.standard_normal((5, 16)), dtype, device)
             c = b.tensor(rng.standard_normal(5), "float64", device)
-            y = rows.combine(g, c, g[1], 2.0, dtype=torch.float64, exact=True)
+            y = rows.combine(g, c, g[1], 2.0, dtype=torch.float64, float64=True)
             assert type(y) is b.classes[device]
             assert (plain(y) == -1).all(), "ran before anybody waited"
             stream.synchronize()
             assert_near(y, plain(g).T @ plain(c) + 2.0 * plain(g)[1])
-            y = rows.combine(g, c, g[1], 2.0, dtype=g.dtype, exact=True)
-            product = rows.project(g, g[2], exact=True, home=DeviceHome())
+            y = rows.combine(g, c, g[1], 2.0, dtype=g.dtype, float64=True)
+            product = rows.project(g, g[2], float64=True, home=DeviceHome())
             stream.synchronize()
             assert y.dtype == g.dtype
             assert_near(y, plain(g).T @ plain(c) + 2.0 * plain(g)[1], rtol + 1e-6)
@@ -109,19 +109,19 @@ def cupy_on_its_device(b):
             g = on_device(rng.standard_normal((5, 16)).astype(dtype), device)
             assert _arrays.is_floating(g)
             x = on_device(rng.standard_normal(16), device)
-            product = rows.project(g, x, exact=True, home=DeviceHome())
+            product = rows.project(g, x, float64=True, home=DeviceHome())
             stream = b.runtime.null[device]
             stream.synchronize()
             assert product.data.device_id == device
             assert_near(product, plain(g) @ plain(x))
             c = on_device(rng.standard_normal(5), device)
-            y = rows.combine(g, c, None, 1.0, dtype=g.dtype, exact=True)
+            y = rows.combine(g, c, None, 1.0, dtype=g.dtype, float64=True)
             stream.synchronize()
             assert y.dtype == g.dtype
             assert_near(y, plain(g).T @ plain(c), 1e-2)
     assert b.runtime.device == 0
     g = rng.standard_normal((2, 4100))  # of several chunks
-    product = rows.project(on_device(g), on_device(g[0]), exact=True, home=DeviceHome())
+    product = rows.project(on_device(g), on_device(g[0]), float64=True, home=DeviceHome())
     b.runtime.null[0].synchronize()
     assert_near(product, g @ g[0])
 
@@ -131,7 +131,7 @@ def what_is_not_contiguous(b):
     g = rng.standard_normal((5, 16))
     for x in (b.tensor(rng.standard_normal(32), "float64"), on_device(rng.standard_normal(32))):
         whole = b.tensor(g, "float64") if isinstance(x, torch.Tensor) else on_device(g)
-        product = rows.project(whole, x[::2], exact=True, home=DeviceHome())
+        product = rows.project(whole, x[::2], float64=True, home=DeviceHome())
         b.runtime.null[0].synchronize()
         assert_near(product, g @ plain(x)[::2])
     columns = np.arange(32)[::2] % 16
@@ -186,7 +186,7 @@ def per_thread_default_streams(b):
     torch_on_its_stream(b)
     b.runtime.torch_current[:] = b.runtime.null
     g = b.tensor(np.ones((2, 4)))
-    product = rows.project(g, g[0], exact=True, home=DeviceHome())
+    product = rows.project(g, g[0], float64=True, home=DeviceHome())
     b.runtime.null[0].synchronize()
     assert_near(product, np.array([4.0, 4.0]))
 
@@ -460,7 +460,7 @@ def test_pytorchs_grams_keep_the_bits_of_float32(switch):
             (cuda if switch == "cuda" else cpu).fp32_precision = "tf32"
         allowed = cuda.fp32_precision, cpu.fp32_precision
         g = torch.ones((3, 5)).as_subclass(Watched)
-        _generic.gram(g, exact=False, width=4, home=_arrays.home_of(g))
+        _generic.gram(g, float64=False, width=4, home=_arrays.home_of(g))
         assert set(seen) == {("ieee", "ieee")}
         assert (cuda.fp32_precision, cpu.fp32_precision) == allowed
     finally:

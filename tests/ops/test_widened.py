@@ -57,9 +57,9 @@ def test_products_with_vectors(monkeypatch, library, dtype, m, d, threads):
         if not exact and dtype == "float32":
             continue  # nothing to widen
         bound = (d + m) * rounding
-        product = to_numpy(ops.project(g, like(x), exact=exact, home=home))
+        product = to_numpy(ops.project(g, like(x), float64=exact, home=home))
         assert np.all(np.abs(product - wide @ x) <= bound * (np.abs(wide) @ np.abs(x)))
-        sums = ops.combine(g, like(c), like(x), 0.5, dtype=like(x).dtype, exact=exact)
+        sums = ops.combine(g, like(c), like(x), 0.5, dtype=like(x).dtype, float64=exact)
         expected = c @ wide + 0.5 * x
         size = np.abs(c) @ np.abs(wide) + np.abs(x)
         assert np.all(np.abs(to_numpy(sums) - expected) <= (bound + 2.0**-24) * size)

@@ -1,4 +1,4 @@
-"""What the pruning and the training scripts share: arguments, and records as JSON and tables."""
+"""Runs over seeds: their arguments, mean and range, and records as JSON and tables."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import medians
 
 import mfac_core as mfac
 from mfac_core.pruning import prune
@@ -101,29 +102,39 @@ def seconds(act: Callable[[], Any], repeats: int) -> float:
 
 def compare(repeats: int) -> None:
     """Print times, and how many times as fast ours is."""
-    print("| m | B | d | recursion | prune, 1 stage | | prune, 16 stages | set-up | product |")
+    print(
+        "| m | B | d | recursion | prune, 1 stage | | 16 stages | set-up, then the recursion's "
+        "| product, beside reading d·B numbers |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for m, size, d in SETTINGS:
         rows = gradients(m, d)
         w = np.random.default_rng(1).standard_normal(d, dtype=np.float32)
         g, there = torch.from_numpy(rows), torch.from_numpy(w)
         options: dict[str, Any] = {"sparsity": 0.5, "damping": DAMPING, "block_size": size}
-        theirs = seconds(lambda g=g, s=size, x=there: Recursion(g, s).prune(x, 0.5), repeats)
-        ours = seconds(lambda w=w, r=rows, o=options: prune(w, r, stages=1, **o), repeats)
-        staged = seconds(lambda w=w, r=rows, o=options: prune(w, r, stages=16, **o), 1)
+        theirs, ours = medians(
+            lambda g=g, s=size, x=there: Recursion(g, s).prune(x, 0.5),
+            lambda w=w, r=rows, o=options: prune(w, r, stages=1, **o),
+            repeats=repeats,
+        )
+        again, staged = medians(
+            lambda w=w, r=rows, o=options: prune(w, r, stages=1, **o),
+            lambda w=w, r=rows, o=options: prune(w, r, stages=16, **o),
+            repeats=max(repeats // 2, 1),
+        )
 
         def set_up(r: Any = rows, s: int = size) -> mfac.BlockInverseFisher:
             return mfac.BlockInverseFisher(r, damping=DAMPING, block_size=s)
 
-        setting_up, alone = (
-            seconds(set_up, repeats),
-            seconds(lambda g=g, s=size: Recursion(g, s), repeats),
+        setting_up, alone = medians(set_up, lambda g=g, s=size: Recursion(g, s), repeats=repeats)
+        inverse, numbers = set_up(), np.ones(d * size)
+        product, reading = medians(
+            lambda i=inverse, w=w: i @ w, lambda n=numbers: n @ n, repeats=3 * repeats
         )
-        inverse = set_up()
-        product = seconds(lambda i=inverse, w=w: i @ w, 3 * repeats)
         print(
-            f"| {m} | {size} | {d} | {theirs:.3f} s | {ours:.3f} s | {theirs / ours:.1f} × | "
-            f"{staged / ours:.1f} × one | {alone / setting_up:.1f} × | {product * 1e3:.1f} ms |",
+            f"| {m} | {size} | {d:,} | {theirs:.3f} s | {ours:.3f} s | {theirs / ours:.1f} × | "
+            f"{staged / again:.1f} × one | {setting_up:.3f} s, {alone / setting_up:.1f} × | "
+            f"{product / reading:.2f} × |",
             flush=True,
         )
 

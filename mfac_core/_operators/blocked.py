@@ -13,7 +13,7 @@ from mfac_core._arrays import Array, array_namespace, device, to_numpy
 from mfac_core._operators.base import Indices, SymmetricOperator
 from mfac_core._operators.dual_blocks import dual_blocks
 from mfac_core._operators.online import BlockFisher
-from mfac_core._operators.primal import PrimalBlocks, inverse_primal
+from mfac_core._operators.primal import inverse_primal
 from mfac_core._operators.static import InverseFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce, Rows
@@ -258,8 +258,7 @@ class BlockInverseFisher(BlockDiagonal):
     def _of_sums(cls, sums: BlockFisher, damping: float) -> Self:
         operator = cls.__new__(cls)
         operator.damping, operator.block_sizes = damping, sums.block_sizes
-        plan, stacks = sums.inverted(damping)
-        BlockDiagonal.__init__(operator, [PrimalBlocks(plan, stacks, sums.like)], sums.reduce)
+        BlockDiagonal.__init__(operator, [sums.inverted(damping)], sums.reduce)
         return operator
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mfac_core import _validate as check
 from mfac_core._arrays import Array
 from mfac_core._operators.digits import warn_few_digits
-from mfac_core._operators.primal import inverses
+from mfac_core._operators.primal import Found, PrimalBlocks, all_inverses
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce
 from mfac_core._rows.plan import Batch, batches, read
@@ -182,8 +182,8 @@ class BlockFisher:
             msg = "a BlockFisher must be given gradients by add(...) before it is asked"
             raise ValueError(msg)
 
-    def inverted(self, damping: float) -> tuple[list[Batch], list[list[Array]]]:
-        """Return the blocks and their inverses.
+    def inverted(self, damping: float) -> PrimalBlocks:
+        """Return the inverses of the blocks.
 
         Parameters
         ----------
@@ -192,19 +192,20 @@ class BlockFisher:
 
         Returns
         -------
-        tuple of list of Batch, list of list of array
-            The plan, and (n, B, B) by batch and length.
+        PrimalBlocks
+            The operator over this rank's columns.
         """
         home = ops.home(self.like)
+        found = Found(home, self._plan)
 
         def invert(item: tuple[Batch, list[Array]]) -> tuple[list[Array], bool]:
-            pairs = [inverses(home, matrices, damping) for matrices in item[1]]
-            return [inverse for inverse, _ in pairs], any(doubt for _, doubt in pairs)
+            results, doubtful = all_inverses(home, item[1], damping)
+            return found.put(item[0], results), doubtful
 
         done = ops.each(home, self.matrices(damping), invert)
         if any(doubt for _, doubt in done):
             warn_few_digits("A block of F⁻¹", damping)
-        return self._plan, [stack for stack, _ in done]
+        return found.blocks([kept for kept, _ in done], self.like)
 
     def summed_numbers(self, *numbers: float) -> list[float]:
         """Sum numbers over ranks.

@@ -19,6 +19,9 @@ from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows
 from mfac_core._rows.plan import Batch, indices, read, scattered
 
+STACK_BYTES = 1 << 24
+"""Size of the stacks of matrices that products go through."""
+
 
 class PrimalBlocks(BlockStacks):
     """Blocks of B parameters as the B × B matrices that they are."""
@@ -48,7 +51,7 @@ class PrimalBlocks(BlockStacks):
         return ops.each(self._home, items, lambda item: work(*item))
 
     def _times(self, known: Any, x: Array) -> Array:
-        return ops.multiply(self._home, known, x)
+        return ops.stream(self._home, known, x)
 
     def _diagonal(self) -> Array:
         def diagonal(batch: Batch, known: Sequence[Any]) -> Array:
@@ -78,30 +81,89 @@ class PrimalBlocks(BlockStacks):
         return self._entries(rows.ravel(), cols.ravel()).reshape(rows.shape)
 
 
+class Found:
+    """Where the inverses of blocks are put as they are found.
+
+    Blocks of one length from the first on are put into a few large stacks, which products go
+    through in as few steps; what follows stays as it comes.
+
+    Parameters
+    ----------
+    home : Home
+        Where they are.
+    plan : sequence of Batch
+        The blocks, in the batches that they come in; the first begins at column 0.
+    """
+
+    def __init__(self, home: Home, plan: Sequence[Batch]) -> None:
+        self._rest = list(plan)
+        self._stacks: list[Array] = []
+        self._size = plan[0].groups[0][0]
+        if not home.is_numpy:  # batches are large there, and arrays not written to
+            return
+        alike = [(self._size, None)]
+        equal = next((k for k, b in enumerate(plan) if b.groups != alike), len(plan))
+        self._rest = list(plan[equal:])
+        blocks = plan[equal - 1].columns.stop // self._size if equal else 0
+        self._step = max(STACK_BYTES // (8 * self._size**2), 1)
+        self._stacks = [
+            np.empty((min(self._step, blocks - first), self._size, self._size))
+            for first in range(0, blocks, self._step)
+        ]
+
+    def put(self, batch: Batch, inverses: list[Array]) -> list[Array]:
+        """Take those of a batch, and return those that are to be kept by themselves."""
+        if batch in self._rest:
+            return inverses
+        first, done = batch.columns.start // self._size, 0
+        while done < len(inverses[0]):
+            stack, at = divmod(first + done, self._step)
+            some = inverses[0][done : done + self._step - at]
+            self._stacks[stack][at : at + len(some)] = some
+            done += len(some)
+        return []
+
+    def blocks(self, kept: Sequence[list[Array]], like: Array) -> PrimalBlocks:
+        """Return the operator, from what ``put`` returned in order too."""
+        plan, start = [], 0
+        for stack in self._stacks:
+            stop = start + len(stack) * self._size
+            plan.append(Batch(slice(start, stop), [(self._size, None)]))
+            start = stop
+        stacks = [[stack] for stack in self._stacks] + [some for some in kept if some]
+        return PrimalBlocks(plan + self._rest, stacks, like)
+
+
 def inverse_primal(rows: Rows, plan: Sequence[Batch], damping: float) -> PrimalBlocks:
     """Return the inverses of λI + G_bᵀG_b/m, in O(d·B·(m + B)); d·B numbers are kept."""
     home = ops.home(rows.like)
+    found = Found(home, plan)
 
     def invert(item: tuple[Batch, Array]) -> tuple[list[Array], bool]:
         batch, block = item
         if len(batch.groups) == 1:
             fused = ops.inverses(home, block, batch.groups[0][0], damping)
             if fused is not None:
-                return [fused], False
-        results, doubtful = [], False
-        for size, positions in batch.groups:
-            fisher = fisher_blocks(home, ops.split(home, block, size, positions), damping)
-            inverse, doubt = inverses(home, fisher, damping)
-            results.append(inverse)
-            doubtful |= doubt
-        return results, doubtful
+                return found.put(batch, [fused]), False
+        fishers = [
+            fisher_blocks(home, ops.split(home, block, size, positions), damping)
+            for size, positions in batch.groups
+        ]
+        results, doubtful = all_inverses(home, fishers, damping)
+        return found.put(batch, results), doubtful
 
     with finite(rows):
         done = ops.each(home, read(rows, plan, home), invert)
-    stacks, doubts = zip(*done, strict=True)
+    kept, doubts = zip(*done, strict=True)
     if any(doubts):
         warn_few_digits("A block of F⁻¹", damping)
-    return PrimalBlocks(plan, list(stacks), rows.like)
+    return found.blocks(kept, rows.like)
+
+
+def all_inverses(home: Home, stacks: Sequence[Array], lowest: float) -> tuple[list[Array], bool]:
+    """Return the inverses of several stacks, and whether some have few digits."""
+    pairs = [inverses(home, matrices, lowest) for matrices in stacks]
+    return [inverse for inverse, _ in pairs], any(doubt for _, doubt in pairs)
 
 
 def inverses(home: Home, matrices: Array, lowest: float) -> tuple[Array, bool]:

@@ -17,6 +17,9 @@ NDArray = np.ndarray[Any, Any]
 TILE = 64
 """Edge of a product: 64³ multiplications are the most that OpenBLAS leaves to one thread."""
 
+VECTOR_ELEMENTS = 9216
+"""Elements of a matrix that is multiplied by a vector from which on OpenBLAS takes more threads."""
+
 BASE = 16
 """Size of triangles that are inverted all at once, element by element."""
 
@@ -25,11 +28,33 @@ def multiply(a: NDArray, b: NDArray) -> NDArray:
     """Return the products of two stacks of matrices, (n, i, k) and (n, k, j)."""
     n, rows, inner = a.shape
     columns = b.shape[2]
-    if columns == 1 or rows * inner * columns <= TILE**3:
+    if columns == 1:
+        return _times_vectors(a, b)
+    if rows * inner * columns <= TILE**3:
         return a @ b
     result = np.empty((n, rows, columns))
     _multiply_into(result, a, b)
     return result
+
+
+def _times_vectors(a: NDArray, x: NDArray) -> NDArray:
+    """Return products with one vector each, in as many rows as BLAS leaves to one thread."""
+    n, rows, inner = a.shape
+    if rows * inner < VECTOR_ELEMENTS:
+        return a @ x
+    result = np.empty((n, rows, 1))
+    for i in _tiles(rows, max((VECTOR_ELEMENTS - 1) // max(inner, 1), 1)):
+        np.matmul(a[:, i], x, out=result[:, i])
+    return result
+
+
+def stream(a: NDArray, x: NDArray) -> NDArray:
+    """Return the products of matrices with one vector each; for matrices that are not in cache.
+
+    NumPy's own loop reads memory faster than BLAS, which is faster in cache.
+    """
+    result: NDArray = np.einsum("nij,nj->ni", a, x[:, :, 0])
+    return result[:, :, None]
 
 
 def square(a: NDArray) -> NDArray:

@@ -12,12 +12,12 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from mfac_core._arrays import Array, is_torch_array, itemsize
+from mfac_core._ops import _threads
 from mfac_core._ops._blocks import column_slices
 
 NDArray = np.ndarray[Any, Any]
@@ -51,7 +51,7 @@ def bits(g: Array) -> NDArray:
 def project(g: NDArray, x: NDArray, work: Any) -> NDArray:
     """G x as float64, for x of shape (d,), by products in the dtype ``work``."""
     x = x.astype(work, copy=False)
-    threads = _threads(g)
+    threads = _workers(g)
 
     def some(columns: slice) -> NDArray:
         block = _Block(g, work, threads)
@@ -67,7 +67,7 @@ def combine(g: NDArray, c: NDArray, base: NDArray | None, alpha: float) -> NDArr
     """alpha·base + Gᵀc, shape (d,), for c (m,) and by products in its dtype."""
     out = np.empty(g.shape[1], c.dtype)
     work = c.dtype.type
-    threads = _threads(g)
+    threads = _workers(g)
 
     def some(columns: slice) -> None:
         block = _Block(g, work, threads)
@@ -126,16 +126,16 @@ class _Block:
         return self._stacks[:, :, :width]
 
 
-def _threads(g: NDArray) -> int:
+def _workers(g: NDArray) -> int:
     return min(blas_threads(), g.shape[1] // BLOCK_COLUMNS) if g.size >= THREADED_ELEMENTS else 1
 
 
-def _in_threads(threads: int, d: int, act: Callable[[slice], Any]) -> list[Any]:
+def _in_threads(workers: int, d: int, act: Callable[[slice], Any]) -> list[Any]:
     """Return what ``act`` returns for shares of d columns, each in a thread of its own."""
-    if threads < 2:
+    if workers < 2:
         return [act(slice(0, d))]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(act, column_slices(d, -(-d // threads))))
+    shares = column_slices(d, -(-d // workers))
+    return list(_threads.pool("widened", workers).map(act, shares))
 
 
 def blas_threads() -> int:

@@ -7,18 +7,17 @@ is one.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import numpy as np
 from array_api_compat import is_torch_namespace
 
 from mfac_core._arrays import Array, Home, home_of, is_jax_array, is_torch_array, to_numpy
-from mfac_core._ops import _block_host
+from mfac_core._ops import _block_host, _threads
 from mfac_core._ops.cuda import blocks as cuda_blocks
 from mfac_core._ops.cuda import machine as cuda_machine
 
@@ -66,31 +65,22 @@ def each(where: Home, items: Iterable[Item], work: Callable[[Item], Result]) -> 
 
     The items themselves, which may come out of a file, are made in the caller's thread.
     """
-    workers = threads() if where.is_numpy else 1
+    workers = _threads.cores() if where.is_numpy else 1
     if workers == 1:
         return [work(item) for item in items]
     results: list[Result] = []
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                if len(waiting) > 2 * workers:
-                    results.append(waiting.popleft().result())
-                waiting.append(pool.submit(work, item))
-            results += [future.result() for future in waiting]
-        except BaseException:
-            for future in waiting:
-                future.cancel()
-            raise
-    return results
-
-
-def threads() -> int:
-    """Return the number of cores this process may use; ``OMP_NUM_THREADS`` where it is less."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return max(min(cores, int(given)), 1) if given.isdigit() else cores
+    try:
+        for item in items:
+            if len(waiting) > 2 * workers:
+                results.append(waiting.popleft().result())
+            waiting.append(_threads.pool("blocks", workers).submit(work, item))
+        return results + [future.result() for future in waiting]
+    except BaseException:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+        raise
 
 
 def split(where: Home, block: Array, size: int, positions: Any = None) -> Array:
@@ -121,6 +111,13 @@ def received(where: Home, x: Array) -> Array:
 def multiply(where: Home, a: Array, b: Array) -> Array:
     """Return the products of two stacks."""
     return _block_host.multiply(a, b) if where.is_numpy else a @ b
+
+
+def stream(where: Home, stack: Array, x: Array) -> Array:
+    """Return the products of a stack that has to come from memory."""
+    if where.is_numpy and x.shape[2] == 1:
+        return _block_host.stream(stack, x)
+    return multiply(where, stack, x)
 
 
 def square(where: Home, a: Array) -> Array:

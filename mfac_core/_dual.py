@@ -254,7 +254,7 @@ class Dual:
             elif self._known_factor() is None:
                 return math.inf
             else:
-                half = dense.solve_lower(self.home, self._factor, self.home.eye(len(self)))
+                half = dense.inverse_lower(self.home, self._factor)
                 inverse = xp.sum(half * half, axis=0)
             self._sensitivity = math.sqrt(max(float(xp.sum(self._diagonal() * inverse)), 0.0))
         return self._sensitivity

@@ -36,8 +36,10 @@ class FullPart:
         self._small: Primal | None = None
         self._inverse: KeptInverse | None = None
 
-    doubtful = False
-    """Its inverse warns by itself."""
+    @property
+    def doubtful(self) -> bool:
+        """See :class:`Part`; an inverse by the dual warns by itself."""
+        return self._small is not None and self._small.doubtful
 
     def restrict(self, kept: Array) -> None:
         """See :class:`KeptFisher`."""
@@ -74,7 +76,6 @@ class FullPart:
             self._small = Primal(
                 self._home, fisher_blocks(self._home, g[None], self._damping), self._damping
             )
-        self.doubtful = self._small.doubtful
 
     def _worked_on(self, x: Array) -> Array:
         """Return what of x belongs to the columns that are worked on, zero where not kept."""

@@ -104,6 +104,7 @@ class KeptFisher:
             here = slice(start, start + stretch.length)
             if isinstance(stretch, FullPart):
                 results.append(work(stretch, here))
+                doubtful |= stretch.doubtful
             else:
                 some, doubts = stretch.visit(work, self._kept[here], start)
                 results += some

@@ -274,7 +274,7 @@ def prune(
     comes from that of the stage before by taking off what was removed, where this is less: p·m²
     for p weights. A group of k weights costs the lesser of k²·m and m³ more. In blocks of B
     weights a stage reads the gradients once, and costs r·m·min(m, r_b), with r_b what is left of
-    a block; where B < m the blocks are kept from stage to stage, up to 256 MB. Beside the
+    a block; where B ≤ m the blocks are kept from stage to stage, up to 256 MB. Beside the
     gradients there are a few vectors of length d, in float64 and on the gradients' device.
 
     The joint update is always that of the given weights for the mask of the stage: stages differ

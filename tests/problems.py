@@ -3,7 +3,11 @@
 import threading
 
 import numpy as np
+import scipy.linalg
+from conftest import numpy64
 from hypothesis import strategies as st
+
+from mfac_core.testing import dense_inverse
 
 
 @st.composite
@@ -104,3 +108,12 @@ class Ranks:
         for thread in threads:
             thread.join()
         return results
+
+
+def dense_blocks(g, sizes, damping):
+    stops = np.cumsum(sizes)
+    blocks = [
+        dense_inverse(numpy64(g)[:, stop - size : stop], damping=damping)
+        for size, stop in zip(sizes, stops, strict=True)
+    ]
+    return scipy.linalg.block_diag(*blocks)

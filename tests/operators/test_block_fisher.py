@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import BACKENDS, numpy64, relative_error
-from test_blocked import dense_blocks
+from problems import dense_blocks
 
 import mfac_core as mfac
 from mfac_core.pruning import gradual, obs_update, prune

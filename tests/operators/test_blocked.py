@@ -2,23 +2,13 @@
 
 import numpy as np
 import pytest
-import scipy.linalg
-from conftest import CASES, numpy64, relative_error
+from conftest import CASES, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import cuts, problems
+from problems import cuts, dense_blocks, problems
 
 import mfac_core as mfac
-from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
-
-
-def dense_blocks(g, sizes, damping):
-    stops = np.cumsum(sizes)
-    blocks = [
-        dense_inverse(numpy64(g)[:, stop - size : stop], damping=damping)
-        for size, stop in zip(sizes, stops, strict=True)
-    ]
-    return scipy.linalg.block_diag(*blocks)
+from mfac_core.testing import assert_operator_close, error_bound
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)

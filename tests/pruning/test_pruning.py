@@ -205,7 +205,7 @@ def test_with_a_loss_a_part_of_the_joint_update_may_win(problem):
 
 @pytest.mark.parametrize("block_size", [None, 10])
 def test_gradients_from_parts_and_files(problem, block_size):
-    from test_storage import File
+    from problems import File
 
     w, g = problem
     options = {"sparsity": 0.5, "damping": 0.1, "block_size": block_size, "stages": 3}

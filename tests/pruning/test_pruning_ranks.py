@@ -9,7 +9,7 @@ import pytest
 from conftest import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rows"))
-from test_ranks import Ranks
+from problems import Ranks
 
 import mfac_core as mfac
 from mfac_core.pruning import gradual, obs_update, prune, saliency

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import numpy64, relative_error
-from test_torch import batches, network, train, vector
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_training import batches, network, train, vector
 
 from mfac_core.testing import dense_inverse
 from mfac_core.torch import MFAC

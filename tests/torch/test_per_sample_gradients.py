@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
-from test_gradient_rows import Averaging, Masked, Recurrent, assert_as_it_was, state_of
 from torch.nn.functional import cross_entropy
+from torch_models import Averaging, Masked, Recurrent, assert_as_it_was, state_of
 
 from mfac_core.torch import gradient_rows, per_sample_gradients
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_gradient_rows import assert_as_it_was, batches, loss_fn, network, state_of
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import DataLoader, TensorDataset
+from torch_models import assert_as_it_was, batches, loss_fn, network, state_of
 
 from mfac_core.pruning import prune
 from mfac_core.torch import MFAC, Pruner, gradient_rows, prune_model

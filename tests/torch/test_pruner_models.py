@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_gradient_rows import Recurrent, batches, loss_fn, network
 from torch.nn.utils import prune as torch_prune
+from torch_models import Recurrent, batches, loss_fn, network
 
 from mfac_core.torch import Pruner, prune_model
 

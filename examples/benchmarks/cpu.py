@@ -11,7 +11,7 @@ import itertools
 import tracemalloc
 
 import numpy as np
-from measure import medians, two_passes, unit_rows
+from measure import medians, network_rows, two_passes, unit_rows
 
 import mfac_core as mfac
 from mfac_core.pruning import prune
@@ -128,6 +128,43 @@ def sparse_step(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[
     ]
 
 
+def network(m: int, channels: int, damping: float, repeats: int) -> list[list[str]]:
+    """Time set-up, product and a window's step on rows of a network; nothing without PyTorch.
+
+    Squared norms far apart and a small λ ask for products in float64.
+    """
+    try:
+        import torch
+    except ImportError:
+        return []
+    rows = []
+    numpy_g = network_rows(m, channels)
+    x, c = (np.ones(n, np.float32) for n in numpy_g.shape[::-1])
+    for name, g in (("NumPy", numpy_g), ("PyTorch", torch.from_numpy(numpy_g))):
+        like = [x, c] if name == "NumPy" else [torch.from_numpy(x), torch.from_numpy(c)]
+        inverse = mfac.InverseFisher(g, damping=damping)
+        window = mfac.SlidingInverseFisher(g.shape[1], m, damping=damping)
+        for row in g:
+            window.append(row)
+        again = itertools.cycle(g)
+        setup_s, gram_s = medians(
+            lambda g=g: mfac.InverseFisher(g, damping=damping), lambda g=g: g @ g.T, repeats=repeats
+        )
+        product_s, step_s, floor_s = medians(
+            lambda f=inverse, x=like[0]: f @ x,
+            lambda w=window, a=again: w.append_matvec(next(a)),
+            lambda g=g, x=like[0], c=like[1]: (g @ x, c @ g),
+            repeats=repeats,
+        )
+        what = f"rows of a network in {name}, m {m}, d {g.shape[1]:,}, λ {damping:g}"
+        rows += [
+            [f"{what}: set-up", "a bare float32 Gram", f"{setup_s / gram_s:.1f} × the time"],
+            [f"{what}: F⁻¹x", "two bare gemv passes", f"{product_s / floor_s:.1f} × the time"],
+            [f"{what}: append_matvec", "those", f"{step_s / floor_s:.1f} × the time"],
+        ]
+    return rows
+
+
 def pruning_stages(rng: np.random.Generator, m: int, d: int, stages: int) -> list[list[str]]:
     """Time pruning to 90 %, beside the masked Gram that every stage at least stands for."""
     # Gradients of single samples differ much in length: the Gram then has to be exact.
@@ -201,6 +238,8 @@ def main(argv: list[str] | None = None) -> None:
         *window_step(rng, 1024 // scale, 150_000 // scale, 2 * repeats),
         *window_step(rng, 1024 // scale, 20_000 // scale, 2 * repeats),
         *sparse_step(rng, 256 // scale, 1_000_000 // scale, repeats),
+        *network(256 // scale, 72 // (6 if options.quick else 1), 1e-3, repeats),
+        *network(256 // scale, 72 // (6 if options.quick else 1), 1e-6, repeats),
         *pruning_stages(rng, 512 // scale, 20_000 // scale, 16),
         *optimizer_step(rng, 256 // scale, 60, 4_500 // scale, 4 * repeats),
     ]

@@ -70,6 +70,58 @@ def correlated_rows(rng: np.random.Generator, m: int, d: int, spread: float = 1e
     return (rotation * sizes).astype(np.float32) @ unit_rows(rng, m, d)
 
 
+def network_rows(m: int, channels: int, seed: int = 0) -> NDArray:
+    """Return m float32 rows of a residual network, each the gradient of 16 images' loss.
+
+    The network is trained for some steps on images of ten noisy patterns: some batches are then
+    fitted well and others not, and the rows' lengths lie far apart, as those of real networks do.
+    """
+    import torch
+    from torch import nn
+    from torch.nn.functional import cross_entropy
+
+    from mfac_core.torch import gradient_rows
+
+    class Residual(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x + self.inner(x))
+
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3, stride=2, padding=1),
+        *(Residual(channels) for _ in range(3)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, 10),
+    )
+    patterns = torch.randn(10, 3, 16, 16)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.randint(10, (16,))
+        return patterns[labels] + 1.5 * torch.randn(16, 3, 16, 16), labels
+
+    def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return cross_entropy(model(batch[0]), batch[1])
+
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss_fn(model, batch()).backward()
+        optimizer.step()
+    rows: NDArray = gradient_rows(model.eval(), loss_fn, [batch() for _ in range(m)]).numpy()
+    return rows
+
+
 def two_passes(g: NDArray, rng: np.random.Generator) -> Act:
     """Return the least any product with F⁻¹ must do: G x, then Gᵀ c."""
     x = rng.standard_normal(g.shape[1], dtype=np.float32)

@@ -19,6 +19,7 @@ from mfac_core._arrays import Array, Home, itemsize, promote, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._operators.guard import uninterrupted
 from mfac_core._rows.base import Rows, first_of
+from mfac_core._rows.storage import ArrayRows
 from mfac_core._warn import warn
 
 FLOAT32_ROUNDING = 2.0**-21
@@ -33,6 +34,12 @@ FLOAT32_UNDERFLOW = 2.0**-126
 
 LARGEST_STATIC_ROUNDING = 2.0**-17
 """Error of solutions that float32 products may cause where the Gram is formed once."""
+
+FORESEEN_STRETCHES = 8
+"""Stretches of columns whose Gram is looked at first."""
+
+FORESEEN_SHARE = 16
+"""They are one in so many columns."""
 
 LARGEST_WINDOW_ROUNDING = 2.0**-14
 """The same for a window, every step of which would pay for float64 passes."""
@@ -297,6 +304,28 @@ class Digits:
     def warn(self, what: str) -> None:
         """Say that a result has few right digits."""
         warn_few_digits(what, self.damping)
+
+
+def foresee(rows: Rows, damping: float) -> None:
+    """Set rows to float64 products at once where a part of their columns says it will come to that.
+
+    Saves the float32 Gram, that would be formed for nothing; a wrong guess costs time, no digits.
+    Stretches all over the columns, so that no layer stands for all.
+    """
+    m, d = rows.shape
+    width = d // (FORESEEN_STRETCHES * FORESEEN_SHARE)
+    alone = rows.reduce is None and isinstance(rows, ArrayRows)
+    if not (alone and rows.home.is_host and rows.rounds) or width < m:
+        return
+    step = d // FORESEEN_STRETCHES
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = rows.home.zeros((m, m))
+        for start in range(0, step * FORESEEN_STRETCHES, step):
+            gram = gram + FORESEEN_SHARE * rows.stretch(start, start + width).gram()
+        if not bool(rows.home.xp.all(rows.home.xp.isfinite(gram))):
+            return
+    part = Digits(rows, Dual(gram, m * damping, rows.home), damping, LARGEST_STATIC_ROUNDING)
+    rows.float64 = not part._solution_error() <= LARGEST_STATIC_ROUNDING
 
 
 def finite_gram(rows: Rows) -> Array:

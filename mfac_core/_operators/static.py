@@ -107,6 +107,8 @@ class InverseFisher(PrimalOrDual):
             self._damping, self._rows, self._lock = given, rows, Lock()
             if self._invert(rows):
                 return
+        if given is not None:
+            digits.foresee(rows, given)
         gram = digits.finite_gram(rows)
         self._damping = damping_of(rows, to_numpy(gram)) if given is None else given
         self._start(rows, gram)

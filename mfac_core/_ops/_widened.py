@@ -71,11 +71,10 @@ def combine(g: NDArray, c: NDArray, base: NDArray | None, alpha: float) -> NDArr
 
     def some(columns: slice) -> None:
         block = _Block(g, work, threads)
-        weights = np.zeros(block.rows, work)
-        weights[: len(c)] = c
-        weights = weights.reshape(-1, 1, block.stack)
         for here in column_slices(columns.stop, BLOCK_COLUMNS, columns.start):
-            part = np.matmul(weights, block.stacked(here)).sum(axis=0)[0]
+            wide = block.widened(here)
+            # NumPy's own loop is not split over threads, and for this product nearly as fast.
+            part = c @ wide if threads == 1 else np.einsum("i,ij->j", c, wide)
             if base is not None:
                 part += work(alpha) * base[here].astype(work, copy=False)
             out[here] = part
@@ -119,11 +118,16 @@ class _Block:
             self.rows // self.stack, self.stack, self._buffer.shape[1]
         )
 
+    def widened(self, columns: slice) -> NDArray:
+        """Return these columns, widened."""
+        block = self._buffer[: len(self._g), : columns.stop - columns.start]
+        widen(self._g[:, columns], block)
+        return block
+
     def stacked(self, columns: slice) -> NDArray:
         """Return these columns, widened, shape (stacks, stack, len(columns))."""
-        width = columns.stop - columns.start
-        widen(self._g[:, columns], self._buffer[: len(self._g), :width])
-        return self._stacks[:, :, :width]
+        self.widened(columns)
+        return self._stacks[:, :, : columns.stop - columns.start]
 
 
 def _workers(g: NDArray) -> int:

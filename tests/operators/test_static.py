@@ -8,6 +8,7 @@ from hypothesis import given
 from problems import problems
 
 import mfac_core as mfac
+from mfac_core._ops import rows as ops
 from mfac_core.testing import (
     StaticRecursion,
     assert_operator_close,
@@ -196,3 +197,24 @@ def test_gradients_that_require_grad_are_detached(rng):
     y = mfac.InverseFisher(g, damping=0.1) @ torch.ones(9, dtype=torch.float64)
     assert not y.requires_grad
     assert relative_error(y, dense_inverse(g, damping=0.1) @ np.ones(9)) <= 1e-12
+
+
+@pytest.mark.parametrize(("spread", "wide"), [(1.0, False), (1e-3, True)])
+def test_one_gram_where_what_it_takes_can_be_foreseen(rng, spread, wide, monkeypatch):
+    m, d = 8, 4096
+    gradients = rng.standard_normal((m, d), dtype=np.float32)
+    gradients *= np.geomspace(spread, 1.0, m, dtype=np.float32)[:, None]
+    whole, grams = ops.gram, []
+
+    def gram(g, *, float64, home):
+        grams.append((g.shape[1], float64))
+        return whole(g, float64=float64, home=home)
+
+    monkeypatch.setattr(ops, "gram", gram)
+    inverse = mfac.InverseFisher(gradients, damping=1e-7)
+    assert grams[-1] == (d, wide)
+    assert [columns for columns, _ in grams].count(d) == 1
+    assert sum(columns for columns, _ in grams) <= d + d / 8
+    expected = dense_inverse(gradients, damping=1e-7)
+    x = rng.standard_normal(d).astype(np.float32)
+    assert relative_error(inverse @ x, expected @ x) <= 1e-5

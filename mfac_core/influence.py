@@ -309,17 +309,33 @@ class Influence:
     def _scores(self, queries: Any) -> Iterator[NDArray]:
         """Yield the scores (k, m) of some queries after the other, float64."""
         xp = self._rows.home.xp
-        for columns in self._chunks(queries):
-            # In float64 where that does not mean another model: queries are few beside the Gram.
-            products = self._rows.project(
-                columns if isinstance(self._rows, GivenRows) else _widened(columns)
-            )
+        for products in self._products(queries):
             if not bool(xp.all(xp.isfinite(products))):
                 msg = (
                     "queries must be finite, got a NaN or an infinity, or a product beyond float64"
                 )
                 raise ValueError(msg)
             yield to_numpy(self._inverse._ask(self._inverse._dual.solve, products)).T
+
+    def _products(self, queries: Any) -> Iterator[Array]:
+        """Yield the products of all rows with some queries after the other, (m, k)."""
+        if is_given(queries) and isinstance(self._rows, GivenRows):
+            others = GivenRows(queries)
+            self._check_width(others)
+            products = self._rows.cross(others)
+            if products is not None:
+                yield products
+                return
+        for columns in self._chunks(queries):
+            # In float64 where that does not mean another model: queries are few beside the Gram.
+            yield self._rows.project(
+                columns if isinstance(self._rows, GivenRows) else _widened(columns)
+            )
+
+    def _check_width(self, queries: Rows) -> None:
+        if queries.shape[1] != self._rows.shape[1]:
+            msg = f"queries must have shape (q, {self._rows.shape[1]}), got {queries.shape}"
+            raise ValueError(msg)
 
     def _chunks(self, queries: Any) -> Iterator[Columns]:
         """Yield some queries after the other, as columns (d, k)."""

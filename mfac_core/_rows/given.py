@@ -93,6 +93,15 @@ class GivenRows(Rows):
             y = y + alpha * (widen(base) if float64 else _at_least_float32(base))
         return y if dtype is None else send(y, self.like, dtype)
 
+    def cross(self, other: GivenRows) -> Array | None:
+        """Return G Hᵀ for other rows H, float64 (m, q), or None where the objects do not know."""
+        mine, others = (rows._served(self.float64) for rows in (self, other))
+        if type(mine) is not type(others) or not hasattr(mine, "cross"):
+            return None
+        shape = self.used, other.used
+        products = self._returned(mine.cross(others), "cross(other)", shape)
+        return self.summed(self.home.receive(products))
+
     def nonfinite(self) -> list[int]:
         """Return the rows whose squared norm was not finite in the last Gram."""
         found = np.zeros(self.used)

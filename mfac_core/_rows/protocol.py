@@ -34,15 +34,18 @@ class GradientRows(Protocol):
     ``in_float64()``
         Returns the same rows in float64: rows as these, of that dtype. Asked for where the damping
         is too small beside the gradients for fewer digits; without it a warning says so.
+    ``cross(other)``
+        Returns G Hᵀ, shape (m, q), for rows H of the same type. Influence asks for it where queries
+        are such rows; without it by ``combine`` and ``project``, a product for each query.
     ``columns(indices)``
         Columns of G by index, a NumPy array of int64: an array of shape (m, len(indices)).
     ``blocks()``
         All columns of G in their order, in blocks: arrays of shape (m, width).
 
-    One of the last two is needed by whatever looks at single parameters, ``diagonal``, ``entries``,
-    ``column`` and ``submatrix``, by blocks and by pruning, which refuse without. Products,
-    ``quadratic``, ``logdet``, ``power`` and ``sample`` need neither. With ``reduce`` the Gram and
-    the products are those of the rank's own columns.
+    ``columns`` or ``blocks`` is needed by whatever looks at single parameters, ``diagonal``,
+    ``entries``, ``column`` and ``submatrix``, by blocks and by pruning, which refuse without.
+    Products, ``quadratic``, ``logdet``, ``power`` and ``sample`` need neither. With ``reduce`` the
+    Gram and the products are those of the rank's own columns.
 
     See Also
     --------

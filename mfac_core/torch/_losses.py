@@ -133,6 +133,8 @@ class Losses(torch.nn.Module):  # type: ignore[misc]
         random = [name or "model" for name, m in self.model.named_modules() if _is_random(m)]
         if random:
             return f"dropout is in training mode in {', '.join(random[:3])}; call model.eval()"
+        if batch is None:
+            return "the passes in float64 and in the model's own dtype differ"
         with torch.no_grad():
             again = [_recorded(self.rows(self.values(), batch)) for _ in range(2)]
         if len(again[0]) != len(again[1]) or not self._same(*again):

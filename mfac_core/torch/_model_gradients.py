@@ -25,6 +25,11 @@ MEMORY = 1 << 28
 REST = "*"
 """Name of the gradients by all parameters that no layer explains, side by side."""
 
+DISAGREEMENT = (
+    "the model's gradients must be the same in every pass, and project(combine(c)) is not "
+    "gram() @ c; look at its own autograd functions, and for what is not deterministic"
+)
+
 
 class ModelGradients:
     """Gradients of a model's losses, a row each, of which none is ever stored.
@@ -331,11 +336,85 @@ class ModelGradients:
         gram = self._gram()
         if self._agrees(gram) or self._agrees_backward(gram):
             return gram
-        msg = (
-            "the model's gradients must be the same in every pass, and project(combine(c)) is not "
-            "gram() @ c; look at its own autograd functions, and for what is not deterministic"
+        raise RuntimeError(DISAGREEMENT)
+
+    def cross(self, other: ModelGradients) -> Tensor:
+        """Return G Hᵀ for the rows H of other losses of the same parameters, as queries are.
+
+        Parameters
+        ----------
+        other : ModelGradients
+            Of as many columns.
+
+        Returns
+        -------
+        torch.Tensor, shape (m, q)
+            In float64, on the model's device.
+
+        Raises
+        ------
+        ValueError
+            If the parameters have other names or shapes.
+        RuntimeError
+            See the class.
+
+        Notes
+        -----
+        Layer by layer, as :meth:`gram`, with the factors of ``other`` within the budget of memory:
+        one pass over the batches of this for each part of the others, where :meth:`project` has a
+        pass for each column.
+        """
+        shapes = [[(n, p.shape) for n, p in rows._columns.items()] for rows in (self, other)]
+        if shapes[0] != shapes[1]:
+            msg = "other must be of parameters with the same names and shapes"
+            raise ValueError(msg)
+        for rows in (self, other):
+            rows._find_rest()
+        rest = {*(self._rest or []), *(other._rest or [])}
+        products = self._cross(other, [n for n in self._columns if n in rest])
+        if not self._agrees(products, other):
+            products = self._cross(other, list(self._columns))
+            if not self._agrees(products, other):
+                raise RuntimeError(DISAGREEMENT)
+        return products
+
+    def _cross(self, other: ModelGradients, rest: list[str]) -> Tensor:
+        self._rest = other._rest = rest
+        products = torch.zeros(
+            self.shape[0], other.shape[0], dtype=torch.float64, device=self.device
         )
-        raise RuntimeError(msg)
+        held: list[tuple[slice, dict[str, Factor]]] = []
+        size = 0
+
+        def multiply() -> None:
+            with closing(self._losses.each()) as each:
+                for _, at, batch in each:
+                    factors = self._factors(batch, at)
+                    for columns, others in held:
+                        products[at, columns] = self._block(factors, others)
+            held.clear()
+
+        with closing(other._losses.each()) as each:
+            for _, at, batch in each:
+                factors = other._factors(batch, at)
+                held.append((at, factors))
+                size += sum(factor.nbytes for factor in factors.values())
+                if size > self._memory // 2:
+                    multiply()
+                    size = 0
+        if held:
+            multiply()
+        return products
+
+    def _find_rest(self) -> None:
+        """Find out which parameters the layers do not explain, on the first batch."""
+        if self._rest is None:
+            with closing(self._losses.each()) as each:
+                _, at, batch = next(each)
+                self._factors(batch, at)
+
+    def _block(self, factors: dict[str, Factor], others: dict[str, Factor]) -> Tensor:
+        return sum(f.cross(others[n]).to(self.device) for n, f in factors.items())
 
     def _gram(self) -> Tensor:
         m = self.shape[0]
@@ -361,13 +440,18 @@ class ModelGradients:
             start = start_next
         return (gram + gram.T) / 2
 
-    def _agrees(self, gram: Tensor) -> bool:
-        """Whether (GGᵀ)c is G(Gᵀc) for a random c: errors are relative to ‖gᵢ‖‖Gᵀc‖."""
-        c = torch.randn(len(gram), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        c = c.to(self.device)
-        y = self.combine(c)
-        allowed = 8.0 * self._losses.tolerance() * gram.diagonal().clamp(min=0.0).sqrt() * y.norm()
-        error = (gram @ c - self.project(y)).abs()
+    def _agrees(self, gram: Tensor, other: ModelGradients | None = None) -> bool:
+        """Whether (GHᵀ)c is G(Hᵀc) for a random c: errors are relative to ‖gᵢ‖‖Hᵀc‖."""
+        generator = torch.Generator().manual_seed(0)
+        c = torch.randn(gram.shape[1], dtype=torch.float64, generator=generator).to(self.device)
+        y = (other or self).combine(c)
+        expected = self.project(y)
+        if other is None:
+            sizes = gram.diagonal().clamp(min=0.0).sqrt() * y.norm()
+        else:
+            sizes = expected.norm()
+        error = (gram @ c - expected).abs()
+        allowed = 8.0 * self._losses.tolerance() * sizes
         return bool((error <= allowed + torch.finfo(torch.float64).tiny).all())
 
     def _agrees_backward(self, gram: Tensor) -> bool:

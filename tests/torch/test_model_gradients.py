@@ -529,3 +529,41 @@ def test_memory_is_bounded_by_the_budget():
     tiles = Counting(model, each, batches, memory=8 * one)
     assert relative_error(tiles.gram(), numpy64(expected)) <= 1e-12
     assert [at // 8 for at, _ in seen] == [*range(12), *range(4, 12), *range(8, 12)]
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "tied embedding", "attention"])
+@pytest.mark.parametrize("memory", [1, 1 << 28])
+def test_queries_meet_the_rows_layer_by_layer(name, memory):
+    model, batches = model_of(name, torch.float64)
+    passes = []
+
+    class Counting(ModelGradients):
+        def project(self, x):
+            passes.append(x.shape)
+            return super().project(x)
+
+    train = Counting(model, each, batches, memory=memory)
+    queries = Counting(model, each, data(MODELS[name][1], (2, 3), torch.float64)[::-1])
+    g, q = (numpy64(stored(model, each, rows._arguments[2])) for rows in (train, queries))
+    assert relative_error(train.cross(queries), g @ q.T) <= 1e-10
+    scores = Influence(train, damping=0.1).scores(queries)
+    assert relative_error(scores, q @ dense_inverse(g, damping=0.1) @ g.T / len(g)) <= 1e-9
+    assert all(len(shape) == 1 for shape in passes)  # the checks alone
+
+
+def test_queries_of_another_model_are_refused():
+    model, batches = model_of("mlp", torch.float64)
+    rows = ModelGradients(model, each, batches)
+    with pytest.raises(ValueError, match="same names and shapes"):
+        rows.cross(ModelGradients(model, each, batches, "0.*"))
+    with pytest.raises(ValueError, match=r"queries must have shape \(q, "):
+        Influence(rows, damping=0.1).scores(ModelGradients(model, each, batches, "0.*"))
+
+
+def test_a_model_in_bfloat16():
+    model, batches = model_of("mlp", torch.bfloat16)
+    rows = ModelGradients(model, each, batches)
+    g = numpy64(stored(model, each, batches))
+    assert relative_error(rows.gram(), g @ g.T) <= 0.05
+    product = mfac.InverseFisher(rows, damping=1.0) @ torch.ones(g.shape[1], dtype=torch.bfloat16)
+    assert relative_error(product, dense_inverse(g, damping=1.0).sum(axis=1)) <= 0.05

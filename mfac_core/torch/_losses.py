@@ -64,6 +64,10 @@ class Losses(torch.nn.Module):  # type: ignore[misc]
         """Return the parameters' values as they are now, by name, in the dtype of the passes."""
         return {name: self._cast(p.detach()) for name, p in self._columns.items()}
 
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the values as tensors that gradients can be taken by."""
+        return {n: v.clone().requires_grad_() for n, v in self.values().items()}
+
     def rows(self, values: Values, batch: Any) -> Tensor:
         """Return the losses of a batch, one a row, for values of the parameters."""
         state = {f"model.{name}": value for name, value in values.items()}
@@ -183,3 +187,25 @@ def _is_random(module: torch.nn.Module) -> bool:
     if isinstance(module, (torch.nn.MultiheadAttention, torch.nn.RNNBase)):
         rate = module.dropout
     return module.training and rate > 0.0
+
+
+def backward(
+    losses: Tensor,
+    leaves: Values,
+    weights: Tensor,
+    *,
+    keep: bool = False,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the weighted losses, None for parameters without one."""
+    if not losses.requires_grad:
+        msg = "loss_fn must return losses that depend on the chosen parameters"
+        raise ValueError(msg)
+    return torch.autograd.grad(  # type: ignore[no-any-return]
+        losses,
+        list(leaves.values()),
+        weights,
+        retain_graph=keep or create_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+    )

@@ -10,20 +10,17 @@ from typing import Any
 import torch
 
 from mfac_core import _validate as check
+from mfac_core._warn import warn
 from mfac_core.torch._batches import rows_argument
-from mfac_core.torch._factors import Factor, Full, added
 from mfac_core.torch._gradients import Loss, columns_of, common_dtype
-from mfac_core.torch._layers import Recorder
-from mfac_core.torch._losses import Losses, Values
+from mfac_core.torch._layer_grams import LayerGrams
+from mfac_core.torch._losses import Losses, Values, backward
 from mfac_core.torch._parameters import Choice, bare
 from mfac_core.torch._store import width
 
 Tensor = Any
 
 MEMORY = 1 << 28
-
-REST = "*"
-"""Name of the gradients by all parameters that no layer explains, side by side."""
 
 DISAGREEMENT = (
     "the model's gradients must be the same in every pass, and project(combine(c)) is not "
@@ -150,10 +147,9 @@ class ModelGradients:
 
     def _start(self, *, wide: bool) -> None:
         self._losses = Losses(*self._arguments, self._columns, wide=wide, progress=self._progress)
-        self._recorder = Recorder(self._arguments[0], self._columns)
-        self._rest: list[str] | None = None
-        self._has_forward_mode = not self._recorder.stops_gradients
         self.dtype = torch.float64 if wide else common_dtype(self._columns.values())
+        self._grams = LayerGrams(self._losses, self._columns, self._memory, self.dtype)
+        self._has_forward_mode = not self._grams.stops_gradients
         self.device = next(iter(self._columns.values())).device
         self.losses = self._losses.recorded
         self.shape = len(self.losses), width(self._columns)
@@ -221,14 +217,14 @@ class ModelGradients:
         out = torch.zeros(self.shape[1], k, dtype=torch.float64, device=self.device)
         with closing(self._losses.each()) as batches:
             for _, at, batch in batches:
-                leaves = self._leaves()
+                leaves = self._losses.leaves()
                 with torch.enable_grad():
                     losses = self._losses.rows(leaves, batch)
                 self._losses.check(at, losses, batch)
                 used = [j for j in range(k) if bool(columns[at, j].any())]
                 for j in used:
                     weights = columns[at, j].to(losses.dtype)
-                    parts = self._backward(losses, leaves, weights, keep=j != used[-1])
+                    parts = backward(losses, leaves, weights, keep=j != used[-1])
                     for some, part in zip(self._cut(out[:, j]), parts, strict=True):
                         if part is not None:
                             some += part.reshape(-1).to(self.device)
@@ -259,43 +255,18 @@ class ModelGradients:
         self, direction: Values, batch: Any, error: Exception | None
     ) -> tuple[Tensor, Tensor]:
         """Differentiate ⟨Gᵀc, x⟩ by c; raise what came before if that cannot be done either."""
-        leaves = self._leaves()
+        leaves = self._losses.leaves()
         try:
             with torch.enable_grad():
                 losses = self._losses.rows(leaves, batch)
                 c = torch.zeros_like(losses, requires_grad=True)
-                parts = self._backward(losses, leaves, c, create_graph=True)
+                parts = backward(losses, leaves, c, create_graph=True)
                 pairs = zip(parts, direction.values(), strict=True)
                 total = sum((p * x).sum() for p, x in pairs if p is not None)
                 (along,) = torch.autograd.grad(total, c)
         except (NotImplementedError, RuntimeError) as second:
             raise (error or second) from second
         return losses, along
-
-    def _backward(
-        self,
-        losses: Tensor,
-        leaves: Values,
-        weights: Tensor,
-        *,
-        keep: bool = False,
-        create_graph: bool = False,
-    ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the weighted losses, None for parameters without one."""
-        if not losses.requires_grad:
-            msg = "loss_fn must return losses that depend on the chosen parameters"
-            raise ValueError(msg)
-        return torch.autograd.grad(  # type: ignore[no-any-return]
-            losses,
-            list(leaves.values()),
-            weights,
-            retain_graph=keep or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-
-    def _leaves(self) -> dict[str, Tensor]:
-        return {n: v.clone().requires_grad_() for n, v in self._losses.values().items()}
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
         return list(flat.split([p.numel() for p in self._columns.values()]))
@@ -323,17 +294,17 @@ class ModelGradients:
         RuntimeError
             If it is not that of ``project`` and ``combine``.
         """
-        gram = self._gram()
+        gram = self._grams.gram()
         if self._agrees(gram) or self._agrees_backward(gram):
             return gram
-        warnings.warn(
-            "what the layers of the model see does not explain its gradients, as where the "
-            "samples of a batch are mixed; they are computed one by one",
+        if not self._grams.explain_nothing():
+            raise RuntimeError(DISAGREEMENT)
+        warn(
+            "what the layers of the model see does not explain its gradients, as where the samples "
+            "of a batch are mixed; they are computed one by one",
             UserWarning,
-            stacklevel=2,
         )
-        self._rest = list(self._columns)
-        gram = self._gram()
+        gram = self._grams.gram()
         if self._agrees(gram) or self._agrees_backward(gram):
             return gram
         raise RuntimeError(DISAGREEMENT)
@@ -368,77 +339,13 @@ class ModelGradients:
         if shapes[0] != shapes[1]:
             msg = "other must be of parameters with the same names and shapes"
             raise ValueError(msg)
-        for rows in (self, other):
-            rows._find_rest()
-        rest = {*(self._rest or []), *(other._rest or [])}
-        products = self._cross(other, [n for n in self._columns if n in rest])
+        products = self._grams.cross(other._grams)
         if not self._agrees(products, other):
-            products = self._cross(other, list(self._columns))
+            self._grams.explain_nothing()
+            products = self._grams.cross(other._grams)
             if not self._agrees(products, other):
                 raise RuntimeError(DISAGREEMENT)
         return products
-
-    def _cross(self, other: ModelGradients, rest: list[str]) -> Tensor:
-        self._rest = other._rest = rest
-        products = torch.zeros(
-            self.shape[0], other.shape[0], dtype=torch.float64, device=self.device
-        )
-        held: list[tuple[slice, dict[str, Factor]]] = []
-        size = 0
-
-        def multiply() -> None:
-            with closing(self._losses.each()) as each:
-                for _, at, batch in each:
-                    factors = self._factors(batch, at)
-                    for columns, others in held:
-                        products[at, columns] = self._block(factors, others)
-            held.clear()
-
-        with closing(other._losses.each()) as each:
-            for _, at, batch in each:
-                factors = other._factors(batch, at)
-                held.append((at, factors))
-                size += sum(factor.nbytes for factor in factors.values())
-                if size > self._memory // 2:
-                    multiply()
-                    size = 0
-        if held:
-            multiply()
-        return products
-
-    def _find_rest(self) -> None:
-        """Find out which parameters the layers do not explain, on the first batch."""
-        if self._rest is None:
-            with closing(self._losses.each()) as each:
-                _, at, batch = next(each)
-                self._factors(batch, at)
-
-    def _block(self, factors: dict[str, Factor], others: dict[str, Factor]) -> Tensor:
-        return sum(f.cross(others[n]).to(self.device) for n, f in factors.items())
-
-    def _gram(self) -> Tensor:
-        m = self.shape[0]
-        gram = torch.zeros(m, m, dtype=torch.float64, device=self.device)
-        start, batches = 0, len(self._losses.slices)
-        while start < batches:
-            held: list[tuple[slice, dict[str, Factor]]] = []
-            size, start_next = 0, batches
-            with closing(self._losses.each(start)) as each:
-                for i, at, batch in each:
-                    factors = self._factors(batch, at)
-                    more = sum(factor.nbytes for factor in factors.values())
-                    if start_next == batches and (not held or size + more <= self._memory // 2):
-                        held.append((at, factors))
-                        size += more
-                    else:
-                        start_next = min(start_next, i)
-                    for rows, others in held:
-                        block = sum(
-                            others[name].cross(f).to(self.device) for name, f in factors.items()
-                        )
-                        gram[rows, at], gram[at, rows] = block, block.T
-            start = start_next
-        return (gram + gram.T) / 2
 
     def _agrees(self, gram: Tensor, other: ModelGradients | None = None) -> bool:
         """Whether (GHᵀ)c is G(Hᵀc) for a random c: errors are relative to ‖gᵢ‖‖Hᵀc‖."""
@@ -460,87 +367,3 @@ class ModelGradients:
         agrees = before and self._agrees(gram)
         self._has_forward_mode = before and not agrees
         return agrees
-
-    def _factors(self, batch: Any, at: slice) -> dict[str, Factor]:
-        """Return the gradients of a batch's rows by name of the parameter, rest side by side."""
-        values, rows = self._leaves(), at.stop - at.start
-        with torch.enable_grad(), self._recorder.recording() as (calls, lost):
-            losses = self._losses.rows(values, batch)
-        self._losses.check(at, losses, batch)
-        summed = self._backward(losses, values, torch.ones_like(losses), keep=True)
-        found: dict[str, list[Factor]] = {}
-        skipped = lost if self._rest is None else {*self._rest}
-        for call in calls:
-            owned = {*self._recorder.owned[call.module].values()}
-            if call.back is None or not owned - skipped:
-                continue
-            try:
-                for name, factor in self._recorder.factors(call, rows, values):
-                    found.setdefault(name, []).append(factor)
-            except Exception as error:  # no vectorised form, samples that are not apart, ...
-                if self._rest is not None or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                lost.update(owned)
-        used = {n for n, part in zip(values, summed, strict=True) if part is not None}
-        if self._rest is None:
-            self._rest = self._unexplained(found, lost, losses, values, used)
-        result = {n: added(f) for n, f in found.items() if n not in self._rest}
-        for name in values.keys() - {*self._rest} - result.keys():  # of no effect on these losses
-            result[name] = Full(values[name].new_zeros(rows, values[name].numel()))
-        if self._rest:
-            result[REST] = Full(self._one_by_one(losses, values, self._rest, summed))
-        return result
-
-    def _unexplained(
-        self,
-        found: dict[str, list[Factor]],
-        lost: set[str],
-        losses: Tensor,
-        values: Values,
-        used: set[str],
-    ) -> list[str]:
-        """Return the parameters whose gradients are not what the layers say, on two rows."""
-        wrong = {n for n in values if n in lost or (n not in found and n in used)}
-        for i in {0, len(losses) - 1}:
-            unit = torch.zeros_like(losses)
-            unit[i] = 1.0
-            parts = self._backward(losses, values, unit, keep=True)
-            size = sum(float(p.norm()) ** 2 for p in parts if p is not None) ** 0.5
-            for (name, value), part in zip(values.items(), parts, strict=True):
-                if name in wrong or name not in found:
-                    continue
-                expected = value.new_zeros(value.numel()) if part is None else part.reshape(-1)
-                try:
-                    row = added(found[name]).row(i)
-                    error = float((row - expected).norm())
-                except RuntimeError:  # of another shape, or gradients that would not fit
-                    error = float("inf")
-                if not error <= self._losses.tolerance() * max(float(expected.norm()), 1e-3 * size):
-                    wrong.add(name)
-        return [name for name in values if name in wrong]
-
-    def _one_by_one(
-        self, losses: Tensor, values: Values, names: list[str], summed: tuple[Tensor | None, ...]
-    ) -> Tensor:
-        """Return gradients by some parameters, (rows, their number), by a backward pass each."""
-        if len(losses) == 1:
-            all_parts = dict(zip(values, summed, strict=True))
-            rows = [[all_parts[name] for name in names]]
-        else:
-            some = {name: values[name] for name in names}
-            rows = []
-            for i in range(len(losses)):
-                unit = torch.zeros_like(losses)
-                unit[i] = 1.0
-                rows.append(list(self._backward(losses, some, unit, keep=i + 1 < len(losses))))
-        return torch.stack(
-            [
-                torch.cat(
-                    [
-                        (torch.zeros_like(values[n]) if p is None else p).reshape(-1).to(self.dtype)
-                        for n, p in zip(names, row, strict=True)
-                    ]
-                )
-                for row in rows
-            ]
-        )

@@ -170,7 +170,8 @@ def _of_module(
 
     def of_row(x: Tensor, back: Tensor) -> dict[str, Tensor]:
         def run(values: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(module, {**rest, **values}, (x,))
+            state = {**rest, **values}
+            return torch.func.functional_call(module, state, (x,), tie_weights=False)
 
         _, pull = torch.func.vjp(run, mine)
         return pull(back)[0]  # type: ignore[no-any-return]

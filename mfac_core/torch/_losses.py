@@ -70,14 +70,7 @@ class Losses(torch.nn.Module):  # type: ignore[misc]
 
     def rows(self, values: Values, batch: Any) -> Tensor:
         """Return the losses of a batch, one a row, for values of the parameters."""
-        state = {f"model.{name}": value for name, value in values.items()}
-        # Of their own for each call: a model may write to its buffers.
-        for name, buffer in self.model.named_buffers():
-            state[f"model.{name}"] = self._cast(buffer.detach()).clone()
-        if self._wide:
-            for name, p in self.model.named_parameters():
-                state.setdefault(f"model.{name}", p.detach().double())
-        losses = torch.func.functional_call(self, state, (batch,))
+        losses = torch.func.functional_call(self, self._state(values), (batch,), tie_weights=False)
         if not isinstance(losses, torch.Tensor) or losses.ndim > 1 or losses.is_complex():
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             msg = (
@@ -86,6 +79,23 @@ class Losses(torch.nn.Module):  # type: ignore[misc]
             )
             raise TypeError(msg)
         return losses.reshape(-1)
+
+    def _state(self, values: Values) -> dict[str, Tensor]:
+        """Return what is to stand in every place of the model, each module once.
+
+        PyTorch, when it ties weights itself, leaves other values in a module of two names.
+        """
+        known = {id(p): values[name] for name, p in self._columns.items()}
+        state: dict[str, Tensor] = {}
+        for prefix, module in self.named_modules():
+            for local, x in (*module._parameters.items(), *module._buffers.items()):
+                is_fixed = local in module._parameters and not self._wide
+                if x is None or (is_fixed and id(x) not in known):
+                    continue
+                if id(x) not in known:  # buffers are written to: of their own for each call
+                    known[id(x)] = self._cast(x.detach()).clone()
+                state[f"{prefix}.{local}"] = known[id(x)]
+        return state
 
     def each(self, start: int = 0) -> Generator[tuple[int, slice, Any]]:
         """Yield batches from one on, with the rows they are; checked for their number.

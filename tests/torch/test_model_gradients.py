@@ -123,7 +123,13 @@ def convolutions():
     )
 
 
+def registered_twice():
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(5, CLASSES))
+
+
 MODELS = {
+    "registered twice": (registered_twice, (5,)),
     "linear": (lambda: nn.Linear(5, CLASSES), (5,)),
     "mlp": (lambda: nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, CLASSES)), (5,)),
     "no bias": (lambda: nn.Linear(5, CLASSES, bias=False), (5,)),

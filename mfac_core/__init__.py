@@ -14,6 +14,7 @@ from mfac_core._operators.sliding import SlidingInverseFisher as SlidingInverseF
 from mfac_core._operators.sparse import SparseSlidingInverseFisher as SparseSlidingInverseFisher
 from mfac_core._operators.static import InverseFisher as InverseFisher
 from mfac_core._operators.static import ihvp as ihvp
+from mfac_core._rows.protocol import GradientRows as GradientRows
 from mfac_core._rows.shards import RowShards as RowShards
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "BlockInverseFisher",
     "DampingCurve",
     "EmpiricalFisher",
+    "GradientRows",
     "InverseFisher",
     "RowShards",
     "SlidingInverseFisher",

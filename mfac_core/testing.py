@@ -18,6 +18,8 @@ import scipy
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send, to_numpy
 from mfac_core._operators.base import SymmetricOperator
+from mfac_core._rows.protocol import GradientRows
+from mfac_core._rows.storage import rows_of
 
 NDArray = np.ndarray[Any, Any]
 
@@ -25,6 +27,7 @@ __all__ = [
     "DynamicRecursion",
     "StaticRecursion",
     "assert_operator_close",
+    "assert_rows",
     "dense_fisher",
     "dense_inverse",
     "error_bound",
@@ -369,6 +372,100 @@ def assert_operator_close(
     linear = operator.to_scipy()
     _assert_close("to_scipy() @ vector", linear @ x, dense @ x, rtol)
     _assert_close("to_scipy() @ columns", linear @ columns64, dense @ columns64, rtol)
+
+
+def assert_rows(rows: GradientRows, *, rtol: float | None = None, seed: int = 0) -> None:
+    """Assert that the products of gradients are those of one matrix G.
+
+    With random x, y, c and e: that a second call gives what the first gave, G(x + 2y) = Gx + 2Gy,
+    Gᵀ(c + 2e) = Gᵀc + 2Gᵀe, ⟨Gx, c⟩ = ⟨x, Gᵀc⟩, (GGᵀ)c = G(Gᵀc), that the Gram is symmetric,
+    and that matrices are multiplied column by column; ``columns``, ``blocks`` and ``in_float64``
+    are compared with these, where they are there.
+
+    Parameters
+    ----------
+    rows : GradientRows
+        What is to be taken in the place of an (m, d) array.
+    rtol : float, optional
+        Largest error of a product relative to the norms of its factors, ‖G‖ the Frobenius norm;
+        100 spacings of 1 in the rows' dtype by default.
+    seed : int, default 0
+        For the vectors, which are standard normal.
+
+    Raises
+    ------
+    AssertionError
+        If a relation does not hold; names it and its error.
+    TypeError, ValueError
+        If what comes back is not an array of the rows' library and device of the right shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mfac_core.testing import assert_rows
+    >>> class Stored:
+    ...     def __init__(self, g):
+    ...         self.g, self.shape, self.dtype = g, g.shape, g.dtype
+    ...
+    ...     def gram(self):
+    ...         return self.g @ self.g.T
+    ...
+    ...     def project(self, x):
+    ...         return self.g @ x
+    ...
+    ...     def combine(self, c):
+    ...         return self.g.T @ c
+    >>> assert_rows(Stored(np.eye(3, 5)))
+    """
+    given, like = rows_of(rows), rows_of(rows).like
+    (m, d), rng = given.shape, np.random.default_rng(seed)
+    rtol = 100.0 * _spacing(like) if rtol is None else rtol
+
+    def sent(values: NDArray) -> Array:
+        return send(values, like, like.dtype)
+
+    def project(x: NDArray) -> NDArray:
+        return _wide(given.project(sent(x)))
+
+    def combine(c: NDArray) -> NDArray:
+        home = given.home.receive(c)
+        return _wide(given.combine(home, None, 1.0, dtype=like.dtype))
+
+    def check_close(name: str, actual: NDArray, expected: NDArray, scale: float) -> None:
+        error = float(np.max(np.abs(actual - expected), initial=0.0)) / max(scale, 1e-300)
+        assert error <= rtol, f"{name} is off by {error:.2e} of its factors; allowed: {rtol:.2e}"
+
+    # Exactly the same numbers in every dtype.
+    x, y = (_wide(sent(rng.standard_normal(d))) for _ in range(2))
+    c, e = (_wide(sent(rng.standard_normal(m))) for _ in range(2))
+    gram = _wide(given.gram())
+    size = float(np.sqrt(max(np.trace(gram), 0.0)))
+    x_size, c_size = (size * float(np.linalg.norm(v)) for v in (x, c))
+    gx, gc = project(x), combine(c)
+    check_close("project(x), a second time,", project(x), gx, x_size)
+    check_close("combine(c), a second time,", combine(c), gc, c_size)
+    check_close("gram(), a second time,", _wide(given.gram()), gram, size**2)
+    twice = _wide(sent(x + 2 * y)), _wide(sent(c + 2 * e))
+    check_close("project(x + 2y)", project(twice[0]), gx + 2 * project(y), 4 * x_size)
+    check_close("combine(c + 2e)", combine(twice[1]), gc + 2 * combine(e), 4 * c_size)
+    check_close("⟨project(x), c⟩ beside ⟨x, combine(c)⟩", gx @ c, x @ gc, x_size * c_size / size)
+    check_close("gram() @ c beside project(combine(c))", gram @ c, project(gc), size * c_size)
+    check_close("gram() beside its transpose", gram, gram.T, size**2)
+    columns = project(np.stack([x, y], axis=1))
+    check_close("project of columns", columns, np.stack([gx, project(y)], axis=1), 4 * x_size)
+    columns = combine(np.stack([c, e], axis=1))
+    check_close("combine of columns", columns, np.stack([gc, combine(e)], axis=1), 4 * c_size)
+    if given.reads_columns:
+        units = np.zeros((d, 3))
+        indices = rng.integers(0, d, 3)
+        units[indices, np.arange(3)] = 1.0
+        check_close("columns by index", _wide(given.take(indices)), project(units), size)
+        total = sum((_wide(b) @ x[at] for at, b in given.parts()), np.zeros(m))
+        check_close("blocks() @ x beside project(x)", total, gx, x_size)
+    if given.widens:
+        wide = given.in_float64()
+        check_close("project(x) in float64", _wide(wide.project(sent(x))), gx, x_size)
+        check_close("gram() in float64", _wide(wide.gram()), gram, size**2)
 
 
 def _assert_close(name: str, actual: NDArray, expected: Any, rtol: float) -> None:

@@ -12,6 +12,9 @@ from conftest import BACKENDS, numpy64, relative_error
 
 import mfac_core as mfac
 from mfac_core import pruning
+from mfac_core._arrays import array_namespace
+from mfac_core._arrays import device as array_device
+from mfac_core.influence import Influence
 from mfac_core.testing import assert_operator_close, dense_fisher, dense_inverse, error_bound
 
 TABLE = Path(__file__).parents[1] / "docs" / "results" / "support.md"
@@ -141,6 +144,46 @@ def shards(g, x, mask):
     assert_close(inverse @ x, dense_inverse(g, damping=DAMPING) @ numpy64(x), g)
 
 
+class Products:
+    """Rows that are only functions."""
+
+    def __init__(self, g):
+        self.g, self.shape, self.dtype, self.device = g, g.shape, g.dtype, array_device(g)
+
+    def __array_namespace__(self):
+        return array_namespace(self.g)
+
+    def gram(self):
+        return self.g @ self.g.T
+
+    def project(self, x):
+        return self.g @ x
+
+    def combine(self, c):
+        return self.g.T @ c
+
+
+def functions(g, x, mask):
+    inverse = mfac.InverseFisher(Products(g), damping=DAMPING)
+    assert_close(inverse @ x, dense_inverse(g, damping=DAMPING) @ numpy64(x), g)
+
+
+def influences(g, x, mask):
+    influence = Influence(g, damping=DAMPING)
+    wide = numpy64(g)
+    expected = wide @ dense_inverse(g, damping=DAMPING) @ wide.T / len(wide)
+    bound = error_bound(g, damping=DAMPING)
+    scores = influence.scores(g)
+    assert array_namespace(scores) is array_namespace(g)
+    assert relative_error(scores, expected) <= bound
+    assert relative_error(influence.self_influence(), np.diagonal(expected)) <= bound
+    each = expected.T / (1 - np.diagonal(expected))[:, None]
+    assert relative_error(influence.leave_out(range(6), g), each) <= 4 * bound
+    best, worst = influence.most_helpful(g, 2), influence.most_harmful(g, 2)
+    assert np.array_equal(numpy64(best.indices)[:, 0], expected.argmax(axis=1))
+    assert np.array_equal(numpy64(worst.indices)[:, 0], expected.argmin(axis=1))
+
+
 def online(g, x, mask):
     fisher = mfac.BlockFisher(block_size=5)
     fisher.add(g[:2, :])
@@ -169,9 +212,11 @@ CHECKS = {
     "`ihvp`": one_call,
     "gradients in several parts": parts,
     "gradients stacked by rows, `RowShards`": shards,
+    "rows that are only functions, `GradientRows`": functions,
     "`BlockFisher`, its inverse": online,
     "`choose_damping`, `damping_curve`, `DampingCurve`": chosen,
     "`ihvp`, `InverseFisher.matvec` inside `jax.jit`": compiled,
+    "`influence.Influence`, all queries": influences,
     "`pruning.saliency`": saliencies,
     "`pruning.obs_update`, `pruning.prune`": pruned,
 }

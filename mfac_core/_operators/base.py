@@ -12,6 +12,7 @@ import numpy as np
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send, to_numpy
 from mfac_core._operators import autograd
+from mfac_core._rows.given import ColumnsUnknownError
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -94,7 +95,11 @@ class SymmetricOperator(ABC):
         """Answer a query behind the one door."""
         with self._lock:
             self._settle()
-            return query(*arguments)
+            try:
+                return query(*arguments)
+            except ColumnsUnknownError as error:
+                name = getattr(query, "__name__", "_this").removeprefix("_")
+                raise ColumnsUnknownError(error.kind, name) from None
 
     def _multiplied(
         self, query: Callable[[Any], Any], x: Any, name: str, ndim: tuple[int, ...]

@@ -160,7 +160,11 @@ class Digits:
         self.float64_steps += self.rows.float64
 
     def go_to_float64(self) -> None:
-        """Form the Gram anew from float64 products, and stay with them."""
+        """Form the Gram anew from float64 products, and stay with them; or warn that it cannot."""
+        if not self.rows.widens:
+            self.rows.float64 = True
+            warn_narrow(self.damping, self.rows.dtype)
+            return
         gram = self.rows.gram(float64=True)
         with uninterrupted():
             self.rows.float64 = True
@@ -370,6 +374,15 @@ def power_cancels(rows: Rows, largest: float, p: float) -> bool:
 def elements_need_float64(dtype: Any, smallest: float) -> bool:
     """Whether elements by a stored W lose too much where 1 − t is as small as this."""
     return itemsize(dtype) == 4 and smallest < SMALLEST_FLOAT32_REST
+
+
+def warn_narrow(damping: float, dtype: Any) -> None:
+    """Warn that rows which are only functions know their products in a narrow dtype alone."""
+    warn(
+        f"damping {damping:g} is too small beside the gradients' squared norms for products in "
+        f"{dtype}; raise it, or give the gradients a method in_float64()",
+        scipy.linalg.LinAlgWarning,
+    )
 
 
 def warn_few_digits(what: str, damping: float) -> None:

@@ -103,4 +103,5 @@ class PrimalOrDual(DampedInverse):
 def has_fewer_columns(rows: Rows) -> bool:
     """Whether F itself is smaller than its dual, and all of it on this rank and in one part."""
     m, d = rows.shape
-    return d < m and rows.reduce is None and not isinstance(rows, SplitRows)
+    here = rows.reduce is None and rows.reads_columns
+    return d < m and here and not isinstance(rows, SplitRows)

@@ -24,11 +24,12 @@ class EmpiricalFisher(FisherFunction):
 
     Parameters
     ----------
-    gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
+    gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), sliceable, or rows
         One gradient per row, real floating: an array of any array-API library; or several,
         side by side, on one device or on several; or anything with ``shape``, ``dtype`` and
         ``[:, a:b]``, such as a numpy.memmap, an h5py dataset or a zarr array, which is read in
-        slices. Held, not copied, and never written to; do not change it meanwhile.
+        slices; or :class:`GradientRows`, which are known by their products. Held, not copied, and
+        never written to; do not change it meanwhile.
     damping : float or "auto"
         λ > 0; or that of :func:`choose_damping`, which costs d·m² multiplications.
     reduce : callable, optional

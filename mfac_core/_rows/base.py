@@ -75,6 +75,12 @@ class Rows(ABC):
     always_float64 = False
     """Whether products run in float64 whatever is asked."""
 
+    widens = True
+    """Whether products can run in float64."""
+
+    reads_columns = True
+    """Whether there are columns to read, or products alone."""
+
     @abstractmethod
     def parts(self) -> Iterable[tuple[slice, Array]]:
         """Return the parts of G with the columns they cover: arrays of at least ``used`` rows."""

@@ -19,6 +19,7 @@ from mfac_core._arrays import (
 from mfac_core._ops import rows as ops
 from mfac_core._progress import track
 from mfac_core._rows.base import Columns, Reduce, Rows
+from mfac_core._rows.given import GivenRows, is_given
 from mfac_core._rows.sliced import PART_BYTES, sliced_rows
 
 
@@ -136,6 +137,8 @@ class SplitRows(Rows):
 
 def rows_of(gradients: Any, *, reduce: Reduce | None = None, progress: bool = False) -> Rows:
     """Check gradients, of whatever storage; finiteness is checked where they are first read."""
+    if is_given(gradients):
+        return GivenRows(gradients, reduce=reduce)
     if isinstance(gradients, (list, tuple)) and gradients and _are_arrays(gradients):
         return SplitRows(_parts_argument(gradients), reduce=reduce, progress=progress)
     sliceable = all(hasattr(gradients, name) for name in ("shape", "dtype", "__getitem__"))

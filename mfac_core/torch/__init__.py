@@ -1,5 +1,6 @@
 """The optimiser for PyTorch, gradients of its models, and pruning them."""
 
+from mfac_core.torch._model_gradients import ModelGradients as ModelGradients
 from mfac_core.torch._optimizer import MFAC as MFAC
 from mfac_core.torch._per_sample import per_sample_gradients as per_sample_gradients
 from mfac_core.torch._pruner import Pruner as Pruner
@@ -12,6 +13,7 @@ from mfac_core.torch._schedule import prune_model as prune_model
 __all__ = [
     "MFAC",
     "LayerReport",
+    "ModelGradients",
     "Pruner",
     "Report",
     "StepReport",

@@ -69,6 +69,13 @@ def moved(batch: Batch, device: Any) -> Batch:
     return _rebuilt(batch, lambda part: moved(part, device))
 
 
+def widened(batch: Batch) -> Batch:
+    """Return a batch with its real floating tensors in float64."""
+    if isinstance(batch, torch.Tensor):
+        return batch.double() if batch.is_floating_point() else batch
+    return _rebuilt(batch, widened)
+
+
 def size_of(batch: Batch) -> int:
     """Return how many samples are in a batch: the length of its first tensor, 1 if none has one."""
     if isinstance(batch, torch.nn.utils.rnn.PackedSequence):

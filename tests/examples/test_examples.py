@@ -210,3 +210,13 @@ def test_benchmark_of_pruning(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 4
     assert all(" × " in line for line in lines[2:])
+
+
+@pytest.mark.usefixtures("siblings")
+def test_influence_of_groups_of_digits(tmp_path):
+    load("experiments/influence_digits.py").main(["--quick", "--output", str(tmp_path)])
+    records = json.loads((tmp_path / "influence-digits.json").read_text())["records"]
+    scores = {r["method"]: r["score"] for r in records if r["share"] == 0.1}
+    assert scores["`leave_out`, groups exactly"] >= 0.7
+    assert scores["Hessian, dense, groups exactly"] >= 0.9
+    assert len(tables(tmp_path)["influence-digits-lds"]) == 2 + len(scores)

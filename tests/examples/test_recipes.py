@@ -103,3 +103,27 @@ def test_preconditioner(run):
     for solver in ("1  ", "the last by lineax"):
         plain, ours = (numbers(text, solver)[i] for i in (-3, -1))
         assert ours <= 0.7 * plain
+
+
+def test_ground_state(run):
+    text = run("ground_state")
+    assert abs(numbers(text, "minSR, float32")[-1]) <= 1e-5
+    assert abs(numbers(text, "SPRING, float64")[-1]) <= 1e-8
+
+
+def test_a_step_to_the_ground_state_is_the_natural_gradient(rng):
+    """On four spins: Σ p J ε by the dense metric, and the derivatives by differences."""
+    recipe = load("recipes/ground_state.py")
+    states, h = recipe.chain(4)
+    weights = rng.standard_normal(3 * 5)
+    p, local, j = recipe.energies(weights, states, h)
+    moved = 1e-5 * rng.standard_normal(15)
+    ahead, behind = (recipe.log_amplitudes(weights + x, states)[0] for x in (moved, -moved))
+    assert np.allclose(j @ (2 * moved), ahead - behind, rtol=1e-5, atol=1e-10)
+    psi = np.sqrt(p)
+    assert p @ local == pytest.approx(psi @ h @ psi, rel=1e-12)
+    centred = j - p @ j
+    metric = centred.T @ (p[:, None] * centred) + recipe.DAMPING * np.eye(15)
+    expected = scipy.linalg.solve(metric, -centred.T @ (p * local))
+    step = recipe.step(p, local, j, np.zeros(15), 0.0)
+    assert np.allclose(step, expected, rtol=1e-8)

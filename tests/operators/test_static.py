@@ -218,3 +218,30 @@ def test_one_gram_where_what_it_takes_can_be_foreseen(rng, spread, wide, monkeyp
     expected = dense_inverse(gradients, damping=1e-7)
     x = rng.standard_normal(d).astype(np.float32)
     assert relative_error(inverse @ x, expected @ x) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@given(problem=problems())
+def test_a_step_for_given_products_with_the_rows(backend, problem):
+    gradients, damping = problem
+    dtype = backend.dtypes()[-1]
+    g = backend.asarray(gradients, dtype)
+    inverse, m = mfac.InverseFisher(g, damping=damping), len(gradients)
+    e = np.linspace(-1.0, 2.0, m)[:, None] + np.arange(2)
+    wide = numpy64(g)
+    dual = m * damping * np.eye(m) + wide @ wide.T
+    terms = scipy.linalg.solve(dual, e, assume_a="pos")
+    step = inverse.solve_rows(backend.asarray(e, dtype))
+    assert step.dtype == g.dtype
+    # Rounding is relative to the terms of the sum, whose weights are as wrong as the dual is bad.
+    scale = np.linalg.norm(wide) * np.linalg.norm(terms) + 1e-300
+    bound = error_bound(g, damping=damping) * scale
+    assert np.linalg.norm(numpy64(step) - wide.T @ terms) <= bound
+    one = inverse.solve_rows(backend.asarray(e[:, 0], dtype))
+    assert np.linalg.norm(numpy64(one) - wide.T @ terms[:, 0]) <= bound
+
+
+def test_a_step_is_refused_by_name():
+    inverse = mfac.InverseFisher(np.eye(3, 5), damping=0.1)
+    with pytest.raises(ValueError, match=r"e must have shape \(3,\) or \(3, k\), got \(5,\)"):
+        inverse.solve_rows(np.ones(5))

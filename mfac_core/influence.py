@@ -1,0 +1,404 @@
+"""Which training samples help, which harm, and what leaving some of them out would do.
+
+Between gradients of samples all of it is m-sized. With the gradients g₁ … g_m of the training
+samples as rows of G, F = λI + GᵀG/m for the Hessian of the training loss, and A = mλI + GGᵀ,
+
+    g_qᵀ F⁻¹ gᵢ / m = [G g_q]ᵀ A⁻¹ eᵢ
+
+so that one projection of the queries is all that touches the d parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+
+from mfac_core import _validate as check
+from mfac_core._arrays import (
+    Array,
+    array_namespace,
+    has_float64,
+    is_array_api_obj,
+    promote,
+    send,
+    to_numpy,
+    widen,
+)
+from mfac_core._operators.damping import damping_of
+from mfac_core._operators.digits import finite_gram
+from mfac_core._operators.static import InverseFisher
+from mfac_core._ops.rows import column_slices
+from mfac_core._rows.base import Columns, Reduce, Rows
+from mfac_core._rows.given import GivenRows, is_given
+from mfac_core._rows.storage import rows_of
+
+__all__ = ["Influence", "Selection"]
+
+QUERY_BYTES = 1 << 27
+"""Size of the float64 gradients of the queries, and of their scores, that are worked on at once."""
+
+NDArray = np.ndarray[Any, Any]
+
+
+class Selection(NamedTuple):
+    """The training samples that were selected for each query, first the one that matters most."""
+
+    indices: Array
+    """(q, k), int64, or int32 where the library has no 64 bits."""
+
+    scores: Array
+    """(q, k)."""
+
+
+class Influence:
+    """Influence of training samples on losses, and of leaving groups of them out.
+
+    The training has minimised (1/m) Σ ℓᵢ(w) + λ‖w‖²/2, of which the quadratic model
+    ½ δᵀFδ around the solution is taken, with F = λI + (1/m) Σ gᵢgᵢᵀ.
+
+    Parameters
+    ----------
+    gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), sliceable, or rows
+        The gradients of the training samples' losses at the solution, without the penalty, in any
+        storage that :class:`mfac_core.InverseFisher` takes; :class:`mfac_core.GradientRows`
+        such as :class:`mfac_core.torch.ModelGradients`, too.
+    damping : float or "auto"
+        λ > 0, the weight of the penalty; or that of :func:`mfac_core.choose_damping`.
+    reduce : callable, optional
+        Sum over ranks, for gradients whose columns are spread over them, see
+        :class:`mfac_core.InverseFisher`. Queries are then the rank's own columns, results are the
+        same on all ranks.
+    progress : bool, default False
+        Show a bar during passes over the gradients, where tqdm is installed.
+
+    Attributes
+    ----------
+    damping : float
+        λ.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See :class:`mfac_core.InverseFisher`.
+
+    Notes
+    -----
+    **Sign and scale.** A score is the change of the query's loss when the sample is *left out*, in
+    the units of that loss: positive for a sample that helps. It has the 1/m of the sample's weight
+    in the mean loss. :meth:`leave_out` has the same sign. Others' scores differ by constants, see
+    the page on influence.
+
+    Set-up costs d·m² multiplications for GGᵀ, and O(m³). To first order by Koh and Liang,
+    "Understanding Black-box Predictions via Influence Functions" (ICML 2017).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mfac_core.influence import Influence
+    >>> G = np.array([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    >>> influence = Influence(G, damping=1.0)
+    >>> influence.scores(np.array([[1.0, 1.0]]))
+    array([[ 0.2       ,  0.28571429, -0.2       ]])
+    >>> influence.leave_out([[0], [1]], np.array([[1.0, 1.0]]))
+    array([[0.25      ],
+           [0.66666667]])
+    """
+
+    def __init__(
+        self,
+        gradients: Any,
+        *,
+        damping: float | Literal["auto"],
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None:
+        given = None if damping == "auto" else check.damping(damping)
+        rows = rows_of(gradients, reduce=reduce, progress=progress)
+        gram = finite_gram(rows)
+        chosen = damping_of(rows, to_numpy(gram)) if given is None else given
+        self._inverse = InverseFisher._of_rows(rows, chosen, gram, checked=False)
+        self._known: tuple[NDArray, NDArray] | None = None
+
+    @property
+    def damping(self) -> float:
+        """λ."""
+        return self._inverse.damping
+
+    @property
+    def _rows(self) -> Rows:
+        return self._inverse._rows
+
+    @property
+    def _m(self) -> int:
+        return self._rows.shape[0]
+
+    def scores(self, queries: Any) -> Array:
+        """Return the influence of every training sample on every query, g_qᵀF⁻¹gᵢ/m.
+
+        Parameters
+        ----------
+        queries : array of shape (q, d), sequence of arrays (q, dₖ), sliceable, rows, or iterator
+            Gradients of the losses, or of whatever else, that are asked about: of the gradients'
+            library and device, in parts where the gradients are in parts, or NumPy arrays beside a
+            file; a file is read in slices of rows. An iterator, such as a generator, gives them
+            array by array. A single vector (d,) is one query.
+
+        Returns
+        -------
+        array, shape (q, m)
+            To first order the change of query q's loss if training sample i were left out. In the
+            gradients' library, and dtype but at least float32.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``queries`` are not such, or hold a NaN or an infinity.
+
+        Notes
+        -----
+        d·m·q multiplications in float64, O(q·m²), and nothing of size d × m but the gradients.
+        """
+        return self._sent(np.concatenate([np.zeros((0, self._m)), *self._scores(queries)]))
+
+    def self_influence(self) -> Array:
+        """Return the influence of every training sample on its own loss, gᵢᵀF⁻¹gᵢ/m.
+
+        Returns
+        -------
+        array, shape (m,)
+            Within [0, 1): the leverage of the sample. Samples that are alone in what they say,
+            such as those with a wrong label, have a large one. Their sum is the effective number
+            of parameters. Without sample i its own loss would change by hᵢ/(1 − hᵢ) exactly.
+        """
+        gram, kernel = self._matrices()
+        return self._sent(np.clip(np.einsum("ij,ij->i", gram, kernel), 0.0, 1.0))
+
+    def leave_out(self, groups: Iterable[Any], queries: Any = None) -> Array:
+        """Return what leaving out each group changes, exactly under the quadratic model.
+
+        Without a group S the loss is (1/m) Σ_{i∉S} ℓᵢ(w) + λ‖w‖²/2, the weights of all that stays
+        being what they were, and its quadratic model has its minimum at δ_S = F_S⁻¹ Σ_{i∈S} gᵢ/m
+        from the solution, F_S = F − (1/m) Σ_{i∈S} gᵢgᵢᵀ.
+
+        Parameters
+        ----------
+        groups : iterable
+            Of groups, each the indices of its samples, one index, or a mask of length m.
+            ``range(m)`` leaves out one after the other. A sample counts once in a group.
+        queries : optional
+            See :meth:`scores`.
+
+        Returns
+        -------
+        array, shape (groups,) or (groups, q)
+            The increase ½ δ_SᵀFδ_S ≥ 0 of the training loss of *all* samples, penalty included,
+            at the solution without the group. With ``queries``, the change g_qᵀδ_S of each of
+            their losses. In the gradients' library, and dtype but at least float32.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            If a group is not of integers below m, or a mask of another length.
+
+        Notes
+        -----
+        Exact for groups of any size: with P = [A⁻¹]_SS and H = [GGᵀA⁻¹]_SS,
+        v = P⁻¹1/(mλ) = (I − H)⁻¹1, δ_S = Gᵀ[A⁻¹]_:S v and ½ δ_SᵀFδ_S = ½ vᵀHv/m.
+        O(s²·m + s³) for a group of s samples, once A⁻¹ is known, O(m³); no pass over the
+        gradients but that for the queries.
+        """
+        weights = [self._weights(group, f"groups[{i}]") for i, group in enumerate(groups)]
+        if queries is None:
+            return self._sent(np.array([increase for _, _, increase in weights]))
+        spread = scipy.sparse.csc_array(
+            (
+                np.concatenate([np.zeros(0), *(v for _, v, _ in weights)]),
+                np.concatenate([np.zeros(0, np.int64), *(some for some, _, _ in weights)]),
+                np.cumsum([0, *(len(some) for some, _, _ in weights)]),
+            ),
+            shape=(self._m, len(weights)),
+        )
+        changes = [spread.T @ scores.T for scores in self._scores(queries)]
+        return self._sent(np.concatenate([np.zeros((len(weights), 0)), *changes], axis=1))
+
+    def most_helpful(self, queries: Any, k: int) -> Selection:
+        """Return the k training samples without which the loss of a query would rise most.
+
+        Parameters
+        ----------
+        queries : array of shape (q, d), sequence of arrays (q, dₖ), sliceable, rows, or iterator
+            See :meth:`scores`.
+        k : int
+            How many, for each query; at most m.
+
+        Returns
+        -------
+        Selection
+            ``indices`` and ``scores``, shape (q, k), by decreasing score. Nothing of size q × m is
+            kept.
+        """
+        return self._selected(queries, k, lambda scores: -scores)
+
+    def most_harmful(self, queries: Any, k: int) -> Selection:
+        """Return the k training samples without which the loss of a query would fall most.
+
+        Parameters
+        ----------
+        queries : array of shape (q, d), sequence of arrays (q, dₖ), sliceable, rows, or iterator
+            See :meth:`scores`.
+        k : int
+            How many, for each query; at most m.
+
+        Returns
+        -------
+        Selection
+            ``indices`` and ``scores``, shape (q, k), by increasing score.
+        """
+        return self._selected(queries, k, lambda scores: scores)
+
+    # -- m-sized ---------------------------------------------------------------------------
+
+    def _weights(self, group: Any, name: str) -> tuple[NDArray, NDArray, float]:
+        """Return the samples S of a group, v = (I − H_SS)⁻¹1, and ½ vᵀH_SSv/m."""
+        some = self._members(group, name)
+        if not len(some):
+            return some, np.zeros(0), 0.0
+        gram, kernel = self._matrices()
+        share = np.full(len(some), 1.0 / (self._m * self.damping))
+        v = scipy.linalg.solve(kernel[np.ix_(some, some)], share, assume_a="pos")
+        # Not v − 1, which would leave nothing of a small H.
+        products = gram[some] @ (kernel[:, some] @ v)
+        return some, v, max(0.5 * float(v @ products) / self._m, 0.0)
+
+    def _members(self, group: Any, name: str) -> NDArray:
+        values = to_numpy(group) if is_array_api_obj(group) else np.asarray(group)
+        if values.dtype == np.bool_:
+            if values.shape != (self._m,):
+                msg = f"{name} must be a mask of shape {(self._m,)}, got shape {values.shape}"
+                raise ValueError(msg)
+            return np.flatnonzero(values)
+        if values.size == 0:
+            return np.zeros(0, np.int64)
+        if values.dtype.kind not in "iu" or values.ndim > 1:
+            msg = (
+                f"{name} must be the indices of its samples, or a mask, got dtype {values.dtype}, "
+                f"shape {values.shape}"
+            )
+            raise TypeError(msg)
+        outside = (values < -self._m) | (values >= self._m)
+        if np.any(outside):
+            wrong = int(np.atleast_1d(values)[np.atleast_1d(outside)][0])
+            msg = f"{name} holds {wrong}, which is out of range for {self._m} training samples"
+            raise IndexError(msg)
+        return np.unique(np.where(values < 0, values + self._m, values))
+
+    def _matrices(self) -> tuple[NDArray, NDArray]:
+        """Return GGᵀ and A⁻¹, computed once."""
+        if self._known is None:
+            dual = self._inverse._dual
+            inverse = to_numpy(dual.solve(dual.home.eye(self._m)))
+            self._known = to_numpy(dual.gram), (inverse + inverse.T) / 2
+        return self._known
+
+    # -- queries ---------------------------------------------------------------------------
+
+    def _scores(self, queries: Any) -> Iterator[NDArray]:
+        """Yield the scores (k, m) of some queries after the other, float64."""
+        xp = self._rows.home.xp
+        for products in self._products(queries):
+            if not bool(xp.all(xp.isfinite(products))):
+                msg = (
+                    "queries must be finite, got a NaN or an infinity, or a product beyond float64"
+                )
+                raise ValueError(msg)
+            yield to_numpy(self._inverse._ask(self._inverse._dual.solve, products)).T
+
+    def _products(self, queries: Any) -> Iterator[Array]:
+        """Yield the products of all rows with some queries after the other, (m, k)."""
+        if is_given(queries) and isinstance(self._rows, GivenRows):
+            others = GivenRows(queries)
+            self._check_width(others)
+            products = self._rows.cross(others)
+            if products is not None:
+                yield products
+                return
+        for columns in self._chunks(queries):
+            # In float64 where that does not mean another model: queries are few beside the Gram.
+            yield self._rows.project(
+                columns if isinstance(self._rows, GivenRows) else _widened(columns)
+            )
+
+    def _check_width(self, queries: Rows) -> None:
+        if queries.shape[1] != self._rows.shape[1]:
+            msg = f"queries must have shape (q, {self._rows.shape[1]}), got {queries.shape}"
+            raise ValueError(msg)
+
+    def _chunks(self, queries: Any) -> Iterator[Columns]:
+        """Yield some queries after the other, as columns (d, k)."""
+        if isinstance(queries, Iterator):
+            for array in queries:
+                yield from self._chunks(array)
+            return
+        if getattr(queries, "ndim", 0) == 1:
+            queries = queries[None, :]
+        # As many on each rank: no number of this rank's own.
+        numbers = max(self._rows.total_columns, self._m)
+        height = max(QUERY_BYTES // (8 * numbers), 1)
+        if is_given(queries):
+            yield from self._of_rows(GivenRows(queries), height)
+            return
+        parts = list(queries) if isinstance(queries, (list, tuple)) else [queries]
+        for i, part in enumerate(parts):
+            shape = tuple(getattr(part, "shape", ()))
+            if len(shape) != 2 or shape[0] != parts[0].shape[0]:
+                name = f"queries[{i}]" if len(parts) > 1 else "queries"
+                msg = f"{name} must have shape (q, d), a gradient a row, got {shape or type(part)}"
+                raise ValueError(msg)
+        for some in column_slices(int(parts[0].shape[0]), height):
+            columns = [_transposed(part[some, :]) for part in parts]
+            pieces = columns if isinstance(queries, (list, tuple)) else columns[0]
+            yield self._rows.columns_argument(pieces, "queries.T", (2,))
+
+    def _of_rows(self, rows: GivenRows, height: int) -> Iterator[Columns]:
+        """Yield rows that are only functions, by a product with unit vectors each."""
+        q, dtype = rows.shape[0], rows.like.dtype
+        for some in column_slices(q, height):
+            units = np.eye(q)[:, some]
+            columns = rows.combine(rows.home.receive(units), None, 1.0, dtype=dtype)
+            yield self._rows.columns_argument(columns, "queries.T", (2,))
+
+    def _selected(self, queries: Any, k: int, order: Callable[[NDArray], NDArray]) -> Selection:
+        k = check.integer(k, "k", minimum=1)
+        if k > self._m:
+            msg = f"k must be at most the number of training samples, {self._m}, got {k}"
+            raise ValueError(msg)
+        indices, values = [np.zeros((0, k), np.int64)], [np.zeros((0, k))]
+        for scores in self._scores(queries):
+            some = np.argpartition(order(scores), k - 1, axis=1)[:, :k]
+            best = np.take_along_axis(scores, some, axis=1)
+            # By index where scores are equal, so that the order is that of no library.
+            by = np.lexsort((some, order(best)), axis=1)
+            indices.append(np.take_along_axis(some, by, axis=1))
+            values.append(np.take_along_axis(best, by, axis=1))
+        like = self._rows.like
+        xp = array_namespace(like)
+        found = send(np.concatenate(indices), like, xp.int64 if has_float64(like) else xp.int32)
+        return Selection(found, self._sent(np.concatenate(values)))
+
+    def _sent(self, values: NDArray) -> Array:
+        like = self._rows.like
+        return send(values, like, promote(like, array_namespace(like).float32))
+
+
+def _transposed(block: Any) -> Array:
+    """Return rows as columns."""
+    array = block if is_array_api_obj(block) else np.asarray(block)
+    return check.array_argument(array, "queries").T
+
+
+def _widened(columns: Columns) -> Columns:
+    return [widen(piece) for piece in columns] if isinstance(columns, list) else widen(columns)

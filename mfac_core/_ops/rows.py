@@ -26,7 +26,7 @@ from mfac_core._arrays import (
     send,
     to_numpy,
 )
-from mfac_core._ops import _blas, _generic, _widened
+from mfac_core._ops import _blas, _generic, _int8_gram, _widened
 from mfac_core._ops._blocks import column_slices as column_slices
 from mfac_core._ops._blocks import wide_columns as wide_columns
 from mfac_core._ops.cuda import passes as cuda_passes
@@ -38,6 +38,8 @@ def gram(g: Array, *, float64: bool, home: Home) -> Array:
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
         return _blas.gram(g, float64=float64, width=width)
+    if not float64 and _int8_gram.serves(g):
+        return _int8_gram.gram(g, home)[0]
     return _generic.gram(g, float64=float64, width=width, home=home)
 
 

@@ -3,7 +3,8 @@
 Products of float32 and 16-bit rows run in float32, block of columns by block of columns, and are
 summed in float64; with ``float64=True`` they run in float64 as a whole. NumPy arrays take the BLAS
 path, which works through one buffer; arrays on a CUDA device within CuPy's reach take the kernels,
-whose products are always float64; all others take the array-API path.
+whose products are always float64, or nearly so on devices that have little of it; all others take
+the array-API path.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def project(g: Array, x: Array, *, float64: bool, home: Home) -> Array:
     if is_numpy_array(g):
         return _blas.project(g, x, float64=float64)
     if cuda_passes.serves_product(g, x):
-        return cuda_passes.project(g, x, home)
+        return cuda_passes.project(g, x, home, float64=float64)
     if _widened.serves(g, x, float64=float64):
         work = np.float64 if float64 else np.float32
         return home.receive(_widened.project(_widened.bits(g), to_numpy(x), work))
@@ -70,7 +71,7 @@ def combine(
     if is_numpy_array(g):
         return _blas.combine(g, c, base, alpha, dtype=dtype, float64=float64)
     if cuda_passes.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
-        return cuda_passes.combine(g, c, base, alpha, dtype=dtype)
+        return cuda_passes.combine(g, c, base, alpha, dtype=dtype, float64=float64)
     if _widened.serves(g, c, float64=float64):
         weights = to_numpy(c).astype(np.float64 if float64 else np.float32, copy=False)
         added = None if base is None else to_numpy(base)
@@ -118,7 +119,7 @@ def square_norms(x: Array) -> np.ndarray[Any, Any]:
     """
     if x.ndim == 1 and not is_numpy_array(x) and cuda_passes.serves(x[None, :]):
         there = Home(array_namespace(x), device(x))
-        return to_numpy(cuda_passes.project(x[None, :], x, there)[0])
+        return to_numpy(cuda_passes.project(x[None, :], x, there, float64=True)[0])
     home = home_of(x)
     total = home.zeros(x.shape[1:])
     with np.errstate(over="ignore", invalid="ignore"):

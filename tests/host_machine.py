@@ -111,9 +111,7 @@ class _Recording:
         pass
 
     def get_function(self, name):
-        return _RecordingKernel(
-            self.machine, name + self.variant, self.module.get_function(name)
-        )
+        return _RecordingKernel(self.machine, name + self.variant, self.module.get_function(name))
 
 
 class _RecordingKernel:

@@ -37,6 +37,15 @@ def products(machine, rng):
     g[8] = x[:, 0]
     yield host_view(y), g @ x[:, 0]
     yield host_view(ring), g
+    # In two float32; the first group of rows is out of their range and summed once more.
+    g, x = g.astype("float32"), x.astype("float32")
+    g[2] *= 1e25
+    machine.little_float64 = True
+    y = rows.project(host_array(g), host_array(x), float64=False, home=DeviceHome())
+    machine.little_float64 = False
+    expected = g.astype("float64") @ x
+    for part in (2, [0, 1, 3], slice(4, None)):
+        yield host_view(y)[part], expected[part]
 
 
 def combinations(machine, rng):
@@ -50,6 +59,19 @@ def combinations(machine, rng):
                 host_array(g), host_array(c), host_array(base), 0.5, dtype=None, float64=True
             )
         yield host_view(y), 0.5 * base + g.T @ c
+        # In two float32; the first columns are out of their range and summed once more.
+        narrow = g.astype("float32")
+        narrow[:, 0] *= 1e25
+        machine.little_float64 = True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_passes, "COMBINE_THREADS", threads)
+            y = rows.combine(
+                host_array(narrow), host_array(c), host_array(base), 0.5, dtype=None, float64=False
+            )
+        machine.little_float64 = False
+        expected = 0.5 * base + narrow.astype("float64").T @ c
+        for part in (0, 1, slice(2, None)):
+            yield host_view(y)[part], expected[part]
 
 
 def sums(machine, rng):

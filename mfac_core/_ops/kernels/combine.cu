@@ -64,12 +64,12 @@ combine(const G_T* __restrict__ G, const double* __restrict__ c, const X_T* __re
 
     if (k < d) {
         double sums[WIDTH * COLUMNS];
-#pragma unroll
-        for (int j = 0; j < WIDTH * COLUMNS; ++j) sums[j] = value(parts[j]);
-#ifdef TWOFOLD
         bool in_range = true;
 #pragma unroll
-        for (int j = 0; j < WIDTH * COLUMNS; ++j) in_range = in_range && parts[j].in_range();
+        for (int j = 0; j < WIDTH * COLUMNS; ++j) {
+            sums[j] = value(parts[j]);
+            in_range = in_range && parts[j].in_range();
+        }
         if (!in_range) {
 #pragma unroll
             for (int j = 0; j < WIDTH * COLUMNS; ++j) sums[j] = 0.0;
@@ -81,7 +81,6 @@ combine(const G_T* __restrict__ G, const double* __restrict__ c, const X_T* __re
                     sums[j] += g[j / COLUMNS] * c[(i64)i * COLUMNS + j % COLUMNS];
             }
         }
-#endif
         if (alpha != 0.0) {
             double added[WIDTH * COLUMNS];
             load<WIDTH * COLUMNS, (WIDTH > 1)>(base + k * COLUMNS, added);

@@ -97,6 +97,7 @@ struct Double {
     typedef double Number;
     double sum;
     __device__ __forceinline__ void add(double a, double b) { sum += a * b; }
+    __device__ __forceinline__ bool in_range() const { return true; }
 };
 
 #ifdef TWOFOLD

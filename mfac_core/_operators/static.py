@@ -18,6 +18,7 @@ from mfac_core._operators.base import Indices
 from mfac_core._operators.damping import damping_of
 from mfac_core._operators.fewer import PrimalOrDual, has_fewer_columns
 from mfac_core._operators.guard import Lock
+from mfac_core._operators.spectra import Blocks
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import ArrayRows, rows_of
 
@@ -103,12 +104,13 @@ class InverseFisher(PrimalOrDual):
         given = None if damping == "auto" else check.damping(damping)
         self.gradients = gradients
         rows = rows_of(gradients, reduce=reduce, progress=progress)
-        if given is not None and not store_whitened and has_fewer_columns(rows):
+        if not store_whitened and has_fewer_columns(rows):
+            given = damping_of(Blocks(rows)) if given is None else given
             self._damping, self._rows, self._lock = given, rows, Lock()
             if self._invert(rows):
                 return
         gram = digits.finite_gram(rows)
-        self._damping = damping_of(rows, to_numpy(gram)) if given is None else given
+        self._damping = damping_of(Blocks(rows, gram=gram)) if given is None else given
         self._start(rows, gram)
         if store_whitened:
             self._store_whitened()

@@ -121,13 +121,15 @@ class InverseFisher(PrimalOrDual):
         gradients: Any,
         gram: Any,
         *,
-        damping: float,
+        damping: float | Literal["auto"],
+        exact: bool = False,
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> Self:
         """Make the operator from a Gram matrix that is already known.
 
-        For gradients that arrived in a stream, and for one set of gradients under many dampings.
+        For gradients that arrived in a stream. For one set of gradients under many dampings see
+        :meth:`with_damping`.
 
         Parameters
         ----------
@@ -135,8 +137,12 @@ class InverseFisher(PrimalOrDual):
             See the class. Read by later queries only.
         gram : array, shape (m, m)
             G Gᵀ, such as :attr:`gram` of another operator; summed over ranks, if there are any.
-        damping : float
-            λ > 0.
+        damping : float or "auto"
+            λ > 0; or that of :func:`choose_damping`.
+        exact : bool, default False
+            Whether it was computed from float64 products. One of float32 products is formed anew
+            in float64, at d·m² multiplications, by the first query for whose λ it is not accurate
+            enough; an exact one never is.
         reduce : callable, optional
             See the class.
         progress : bool, default False
@@ -145,8 +151,7 @@ class InverseFisher(PrimalOrDual):
         Returns
         -------
         InverseFisher
-            As if made from the gradients alone, but for the accuracy of the Gram, which is taken
-            as it is.
+            As if made from the gradients alone.
 
         Raises
         ------
@@ -154,12 +159,15 @@ class InverseFisher(PrimalOrDual):
             See the class; and if ``gram`` is not a finite symmetric matrix of shape (m, m), such as
             the triangle that BLAS's syrk returns.
         """
-        operator = cls.__new__(cls)
-        operator._damping = check.damping(damping)
+        given = None if damping == "auto" else check.damping(damping)
         rows = rows_of(gradients, reduce=reduce, progress=progress)
         gram = rows.home.receive(check.gram_argument(gram, rows.shape[0]))
+        gram = rows.home.xp.asarray(gram, copy=True)
+        operator = cls.__new__(cls)
+        operator._damping = damping_of(Blocks(rows, gram=gram)) if given is None else given
         operator.gradients = gradients
-        operator._start(rows, rows.home.xp.asarray(gram, copy=True), checked=True)
+        # On the host a product asks for more where it needs it; on a device none is looked at.
+        operator._start(rows, gram, checked=rows.home.is_host, exact=exact)
         return operator
 
     def with_damping(self, damping: float) -> Self:
@@ -183,7 +191,8 @@ class InverseFisher(PrimalOrDual):
         Notes
         -----
         O(m³), and no pass over the gradients; but the first λ for which a Gram of float32 products
-        is not accurate enough has it formed anew in float64, here as there.
+        is not accurate enough has it formed anew in float64, here as there, and once. With fewer
+        parameters than gradients F itself is formed and inverted anew.
 
         Examples
         --------
@@ -198,7 +207,8 @@ class InverseFisher(PrimalOrDual):
     def _with_damping(self, damping: float) -> Self:
         if self._primal is not None:
             return type(self)(self.gradients, damping=damping, reduce=self._rows.reduce)
-        other = self._of_rows(copy.copy(self._rows), damping, self._dual.gram, checked=False)
+        exact = self._digits.exact
+        other = self._of_rows(copy.copy(self._rows), damping, self._dual.gram, exact=exact)
         if other._rows.float64 and not self._rows.float64:
             self._rows.float64 = True
             self._dual.set_gram(other._dual.gram)
@@ -208,14 +218,12 @@ class InverseFisher(PrimalOrDual):
 
     @classmethod
     def _of_rows(
-        cls, rows: Rows, damping: float, gram: Array | None = None, *, checked: bool = True
+        cls, rows: Rows, damping: float, gram: Array | None = None, *, exact: bool = False
     ) -> Self:
         operator = cls.__new__(cls)
         operator._damping = damping
-        if gram is None:
-            operator._start(rows, digits.finite_gram(rows))
-        else:
-            operator._start(rows, gram, checked=checked)
+        gram = digits.finite_gram(rows) if gram is None else gram
+        operator._start(rows, gram, checked=exact and rows.home.is_host, exact=exact)
         return operator
 
     _whitened: Rows | None = None
@@ -223,14 +231,21 @@ class InverseFisher(PrimalOrDual):
     _stored_diagonal: Array
     """With ``_whitened``."""
 
-    def _start(self, rows: Rows, gram: Array, *, checked: bool = False) -> None:
-        """Factor the dual; a Gram that is ``checked`` is taken as it is."""
+    def _start(
+        self, rows: Rows, gram: Array, *, checked: bool = False, exact: bool = False
+    ) -> None:
+        """Factor the dual; a ``checked`` Gram is taken as it is until a query needs more."""
         self._lock = Lock()
         self._rows = rows
         self._whitened = None
         self._dual = Dual(gram, self._divisor * self._damping, rows.home)
         self._digits = digits.Digits(
-            rows, self._dual, self._damping, digits.LARGEST_STATIC_ROUNDING, checked=checked
+            rows,
+            self._dual,
+            self._damping,
+            digits.LARGEST_STATIC_ROUNDING,
+            checked=checked,
+            exact=exact,
         )
         self._settle()
         self._dual.factor()

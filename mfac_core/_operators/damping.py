@@ -16,8 +16,11 @@ from mfac_core._rows.storage import rows_of
 
 METHODS = ("leave-one-out", "ledoit-wolf", "oas")
 
-DECADES = (-10.0, 2.0)
-"""Where λ is looked for: powers of ten of the mean square of the gradients' entries."""
+SMALLEST, LARGEST = 1e-9, 100.0
+"""Where λ is looked for: in mean squares of a block's rows, and of the gradients' entries.
+
+Below the first, float64 would have few digits left of F⁻¹; the second is nearly λI.
+"""
 
 PER_DECADE = 20
 """Dampings tried in each power of ten."""
@@ -96,8 +99,8 @@ def damping_curve(
         Lengths or shapes of layers, in all d weights, for a curve of each; an int ``block_size``
         then cuts within a layer.
     dampings : sequence of float, optional
-        λ > 0 to try. By default twenty in every power of ten from 1e-10 to 100 times the mean
-        square of the gradients' entries.
+        λ > 0 to try. By default twenty in every power of ten, from 1e-9 of the mean square norm
+        of a row, or of its part in a block, to 100 times the mean square of an entry.
     reduce : callable, optional
         For columns that are spread over ranks, no block or layer across two of them, see
         :class:`InverseFisher`. A curve of all is that of all ranks, one of a layer that of its own.
@@ -221,7 +224,8 @@ def choose_damping(
     Notes
     -----
     The cost is that of :func:`damping_curve`. For one row λ is ‖g‖²/d. Where all rows are equal
-    or collinear, no λ > 0 is the best of "leave-one-out", and the smallest one tried is returned.
+    or collinear, or span fewer than min(m, d) dimensions, the others may predict a row without an
+    error: no λ > 0 is the best of "leave-one-out" then, and the smallest one tried is returned.
 
     Examples
     --------
@@ -252,16 +256,15 @@ def damping_of(blocks: Blocks, method: str = "leave-one-out", grid: NDArray | No
     (m, d), moments = blocks.shape, blocks.moments()
     mean = mean_square_of(moments[0], m, d)
     share = (_ledoit_wolf if method == "ledoit-wolf" else _oas)(moments, m, d)
-    smallest, largest = (10.0**decade for decade in DECADES)  # shares of 0 and of 1 are no λ
-    ratio = share / (1.0 - share) if share < 1.0 else largest
-    return float(mean * np.clip(ratio, smallest, largest))
+    ratio = share / (1.0 - share) if share < 1.0 else LARGEST  # a share of 0 or 1 is no λ
+    return float(mean * np.clip(ratio, SMALLEST * blocks.length, LARGEST))
 
 
 def _curve_of(blocks: Blocks, grid: NDArray | None) -> DampingCurve:
     mean = blocks.mean_square()
     if grid is None:
-        first, last = DECADES
-        grid = mean * 10.0 ** np.linspace(first, last, round((last - first) * PER_DECADE) + 1)
+        first, last = math.log10(SMALLEST * blocks.length), math.log10(LARGEST)
+        grid = mean * np.logspace(first, last, math.ceil((last - first) * PER_DECADE) + 1)
     return DampingCurve(grid, blocks.scores(grid))
 
 

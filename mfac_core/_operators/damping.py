@@ -16,7 +16,7 @@ from mfac_core._rows.storage import rows_of
 
 METHODS = ("leave-one-out", "ledoit-wolf", "oas")
 
-SMALLEST, LARGEST = 1e-9, 100.0
+SMALLEST, LARGEST = 1e-10, 100.0
 """Where λ is looked for: in mean squares of a block's rows, and of the gradients' entries.
 
 Below the first, float64 would have few digits left of F⁻¹; the second is nearly λI.
@@ -99,7 +99,7 @@ def damping_curve(
         Lengths or shapes of layers, in all d weights, for a curve of each; an int ``block_size``
         then cuts within a layer.
     dampings : sequence of float, optional
-        λ > 0 to try. By default twenty in every power of ten, from 1e-9 of the mean square norm
+        λ > 0 to try. By default twenty in every power of ten, from 1e-10 of the mean square norm
         of a row, or of its part in a block, to 100 times the mean square of an entry.
     reduce : callable, optional
         For columns that are spread over ranks, no block or layer across two of them, see

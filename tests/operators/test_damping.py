@@ -110,12 +110,14 @@ def test_equal_rows_give_a_number_without_a_warning(method):
 def test_auto_leaves_the_digits_that_products_need(rng):
     """Even of rows that predict one another without an error."""
     g = np.ones((6, 1)) * rng.standard_normal(50_000, dtype=np.float32)
+    x = rng.standard_normal(50_000, dtype=np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inverse = mfac.InverseFisher(g, damping="auto")
-        y = inverse @ g[0]
-    square = np.sum(g[0].astype(float) ** 2)
-    assert relative_error(y, g[0].astype(float) / (inverse.damping + square)) <= 1e-5
+        y = inverse @ x
+    row, wide, damping = g[0].astype(float), x.astype(float), inverse.damping
+    expected = (wide - row * (row @ wide) / (damping + row @ row)) / damping
+    assert relative_error(y, expected) <= 1e-5
 
 
 def test_what_it_refuses(rng):

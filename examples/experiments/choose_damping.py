@@ -37,6 +37,8 @@ from scipy.stats import norm
 
 METHODS = ("leave-one-out", "ledoit-wolf", "oas")
 GRID = 10.0 ** np.arange(-9, 2)
+MOST = 500
+"""Iterations of conjugate gradients that are waited for."""
 
 
 class Task(NamedTuple):
@@ -158,7 +160,14 @@ def preconditioning(seed: int, args: argparse.Namespace) -> Iterator[Task]:
     def measure(damping: float) -> float:
         inverse, steps = mfac.InverseFisher(gradients, damping=damping), []
         operator = LinearOperator((len(g), len(g)), matvec=system, dtype=x.dtype)
-        cg(operator, g, rtol=preconditioner.RTOL, M=inverse.to_scipy(), callback=steps.append)
+        cg(
+            operator,
+            g,
+            rtol=preconditioner.RTOL,
+            M=inverse.to_scipy(),
+            maxiter=MOST,
+            callback=steps.append,
+        )
         return float(len(steps))
 
     yield Task("preconditioner", "iterations", False, gradients, None, measure)

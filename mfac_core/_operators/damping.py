@@ -22,7 +22,7 @@ SMALLEST, LARGEST = 1e-10, 100.0
 Below the first, float64 would have few digits left of F⁻¹; the second is nearly λI.
 """
 
-PER_DECADE = 20
+PER_DECADE = 10
 """Dampings tried in each power of ten."""
 
 Answer = TypeVar("Answer")
@@ -99,7 +99,7 @@ def damping_curve(
         Lengths or shapes of layers, in all d weights, for a curve of each; an int ``block_size``
         then cuts within a layer.
     dampings : sequence of float, optional
-        λ > 0 to try. By default twenty in every power of ten, from 1e-10 of the mean square norm
+        λ > 0 to try. By default ten in every power of ten, from 1e-10 of the mean square norm
         of a row, or of its part in a block, to 100 times the mean square of an entry.
     reduce : callable, optional
         For columns that are spread over ranks, no block or layer across two of them, see
@@ -132,7 +132,7 @@ def damping_curve(
 
     Where F is block-diagonal a row's blocks are independent, and its score is the sum of theirs. A
     block of B weights costs B·m·min(B, m), an eigenvalue problem of size min(B, m), and
-    O(m·min(B, m)) for each λ. Of 2,048 short blocks or more about 1,024 are asked, evenly spaced.
+    O(m·min(B, m)) for each λ. Of 512 short blocks or more about 256 are asked, evenly spaced.
 
     Examples
     --------

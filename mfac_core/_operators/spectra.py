@@ -18,11 +18,11 @@ from mfac_core._rows.plan import WIDE_BYTES, batches, read
 
 NDArray = np.ndarray[Any, Any]
 
-MOST_BLOCKS = 1024
+MOST_BLOCKS = 256
 """Short blocks that are asked, evenly spaced, where there are twice as many or more."""
 
-AT_ONCE = 16
-"""Dampings that are scored at a time."""
+SCORED_BYTES = 1 << 20
+"""Size of the scores, by block, row and λ, that are worked on at a time."""
 
 HOST = Home(np, "cpu")
 
@@ -70,8 +70,8 @@ class Stack:
         if self._rows is not None:
             vectors = ops.multiply(self._home, self._rows, vectors)
         squares, norms = vectors * vectors, self._norms()[:, :, None]
-        parts = []
-        for some in column_slices(len(dampings), AT_ONCE):
+        parts, width = [], max(SCORED_BYTES // (8 * int(s.shape[0]) * m), 1)
+        for some in column_slices(len(dampings), width):
             shifts = self._home.receive(m * dampings[some])
             inverse = 1.0 / (s + shifts)
             if self._rows is None:  # each by itself: for large λ nothing is left of 1 − rᵢ

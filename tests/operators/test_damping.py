@@ -53,7 +53,7 @@ def test_the_best_is_that_of_a_fine_search(rng):
     best = mfac.choose_damping(g)
     around = best * np.logspace(-0.3, 0.3, 601)
     finest = around[np.argmin([dense_score(g, damping) for damping in around])]
-    # A parabola over a tenth of a power of ten misses by the third derivative: a fifth of a step.
+    # A parabola over a fifth of a power of ten misses by the third derivative: a tenth of a step.
     assert abs(np.log10(best / finest)) <= 0.01
 
 
@@ -95,7 +95,7 @@ def test_ledoit_wolf_and_oas_are_scikit_learns(rng):
 def test_one_row():
     """F₋₁ is λI: d log λ + ‖g‖²/λ is lowest at ‖g‖²/d."""
     g = np.array([[3.0, 4.0, 0.0, 0.0]])
-    step = np.log(10.0) / 20.0  # of log λ, in which a parabola misses x + e⁻ˣ by a sixth of h²
+    step = np.log(10.0) / 10.0  # of log λ, in which a parabola misses x + e⁻ˣ by a sixth of h²
     assert mfac.choose_damping(g) == pytest.approx(25.0 / 4.0, rel=step**2 / 5.0)
 
 

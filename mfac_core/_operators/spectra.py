@@ -38,12 +38,13 @@ class Stack:
         B, the length of a block.
     rows : array, shape (n, m, B), or None
         The blocks' gradients.
-    grams : array, shape (n, m, m), optional
-        GGᵀ of each, where ``rows`` are None.
+    grams : array, shape (1, m, m), optional
+        GGᵀ of a long one, where ``rows`` are None.
     """
 
     def __init__(self, home: Home, size: int, rows: Array, grams: Array = None) -> None:
         self._home, self._size = home, size
+        self._is_alone = rows is None
         self._rows = rows
         self._m = int((grams if rows is None else rows).shape[1])
         if grams is None and size >= self._m:
@@ -68,23 +69,27 @@ class Stack:
         # Eigenvalues that rounding alone has made are no evidence of a direction.
         s = xp.where(s > int(s.shape[1]) * 2.0**-52 * s[:, -1:], s, 0.0)[:, :, None]
         if self._rows is not None:
-            vectors = ops.multiply(self._home, self._rows, vectors)
+            vectors = self._multiply(self._rows, vectors)
         squares, norms = vectors * vectors, self._norms()[:, :, None]
         parts, width = [], max(SCORED_BYTES // (8 * int(s.shape[0]) * m), 1)
         for some in column_slices(len(dampings), width):
             shifts = self._home.receive(m * dampings[some])
             inverse = 1.0 / (s + shifts)
             if self._rows is None:  # each by itself: for large λ nothing is left of 1 − rᵢ
-                r = ops.multiply(self._home, squares, shifts * inverse)
-                rest = ops.multiply(self._home, squares, s * inverse)
+                r = self._multiply(squares, shifts * inverse)
+                rest = self._multiply(squares, s * inverse)
             else:  # 1/(s + mλ) is convex, and Σₖ Qᵢₖ²sₖ = ‖gᵢ‖²
-                rest = ops.multiply(self._home, squares, inverse)
+                rest = self._multiply(squares, inverse)
                 r = xp.clip(1.0 - rest, shifts / (shifts + norms), 1.0)
             logdet = xp.sum(xp.log1p(s / shifts), axis=(0, 1))
             rows = xp.sum(xp.log(r) + m * rest / r, axis=(0, 1)) / m
             parts.append(to_numpy(logdet + rows))
         flat = int(s.shape[0]) * self._size * np.log(dampings)
         return np.asarray(flat + np.concatenate(parts))
+
+    def _multiply(self, a: Array, b: Array) -> Array:
+        """Return products: of one long block in all threads that BLAS may have."""
+        return a @ b if self._is_alone else ops.multiply(self._home, a, b)
 
     def _smaller(self) -> Array:
         """Return GGᵀ, or GᵀG where that is the smaller."""

@@ -89,7 +89,7 @@ def digits(seed: int, args: argparse.Namespace) -> Iterator[Task]:
     model, (x, y, *test) = prune_digits.prepared(seed, prune_digits.EPOCHS)
     for rows in (50,) if args.quick else (600, 50):
         run = run_of(model, x, y, **prune_digits.SETTINGS | {"rows": rows})
-        for size in (None, 128):
+        for size in (None, 128, 16):
             yield pruning("digits", model, run, test, 0.8, size)
 
 
@@ -100,7 +100,7 @@ def cnn(seed: int, args: argparse.Namespace) -> Iterator[Task]:
     settings = prune_fashion.SETTINGS["cnn"] | ({"rows": 16} if args.quick else {})
     run = run_of(model, *prune_fashion.shuffled(data, seed), **settings)
     for size in (None, 1024):
-        for sparsity in (0.8, 0.9):
+        for sparsity in (0.8, 0.95):
             yield pruning("CNN", model, run, data[2:], sparsity, size)
 
 

@@ -100,7 +100,10 @@ def damping_curve(
         then cuts within a layer.
     dampings : sequence of float, optional
         λ > 0 to try. By default ten in every power of ten, from 1e-10 of the mean square norm
-        of a row, or of its part in a block, to 100 times the mean square of an entry.
+        of a row, or of its part in a block, to 100 times the mean square of an entry. For blocks
+        shorter than the rows are many they begin at 1/√m of the latter, the standard error of
+        an element of GᵀG/m: many rows explain one another in short blocks, and without that limit
+        the weakest direction of all blocks would choose for the others.
     reduce : callable, optional
         For columns that are spread over ranks, no block or layer across two of them, see
         :class:`InverseFisher`. A curve of all is that of all ranks, one of a layer that of its own.
@@ -260,10 +263,21 @@ def damping_of(blocks: Blocks, method: str = "leave-one-out", grid: NDArray | No
     return float(mean * np.clip(ratio, SMALLEST * blocks.length, LARGEST))
 
 
+def _least(blocks: Blocks) -> float:
+    """Return the least λ to try, in mean squares of the gradients' entries.
+
+    Many rows explain one another in short blocks, whatever λ is, and all blocks together would have
+    that of the weakest direction. What is below the standard error of an element of GᵀG/m is noise.
+    """
+    m = blocks.shape[0]
+    least = SMALLEST * blocks.length
+    return max(least, m**-0.5) if blocks.count > 1 and blocks.length < m else least
+
+
 def _curve_of(blocks: Blocks, grid: NDArray | None) -> DampingCurve:
     mean = blocks.mean_square()
     if grid is None:
-        first, last = math.log10(SMALLEST * blocks.length), math.log10(LARGEST)
+        first, last = math.log10(_least(blocks)), math.log10(LARGEST)
         grid = mean * np.logspace(first, last, math.ceil((last - first) * PER_DECADE) + 1)
     return DampingCurve(grid, blocks.scores(grid))
 

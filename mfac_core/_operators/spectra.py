@@ -126,7 +126,7 @@ class Blocks:
         if sizes is None and gram is None and rows.reduce is None and d < m:
             sizes = [d]
         self._sizes: Sequence[int] = () if sizes is None else sizes
-        self._count = 1.0 if sizes is None else rows.summed_numbers(len(sizes))[0]
+        self.count = 1.0 if sizes is None else rows.summed_numbers(len(sizes))[0]
         if sizes is None:
             gram = to_numpy(finite_gram(rows) if gram is None else gram)
             self._whole = Stack(HOST, rows.total_columns, None, gram[None])
@@ -135,7 +135,7 @@ class Blocks:
     @property
     def length(self) -> float:
         """The mean length of a block."""
-        return self.shape[1] / self._count
+        return self.shape[1] / self.count
 
     def mean_square(self) -> float:
         """Return that of the gradients' entries; refuses those that are not finite, or all zero."""

@@ -260,6 +260,15 @@ def test_scale_order_and_rotation_within_blocks(method, scale, seed):
         assert found == pytest.approx(factor * damping, rel=1e-9)
 
 
+def test_a_weak_block_does_not_choose_for_the_others(rng):
+    """Of blocks shorter than the rows are many: no λ below the error of an element of GᵀG/m."""
+    g = rng.standard_normal((50, 40)) * np.repeat([1.0, 1e-4], 20)
+    least = np.mean(g**2) / np.sqrt(50)
+    assert mfac.choose_damping(g, block_size=10) == pytest.approx(least, rel=0.3)
+    dampings = np.logspace(-12, 0, 25)
+    assert mfac.choose_damping(g, block_size=10, dampings=dampings) <= 1e-6
+
+
 def test_duplicates_in_blocks_as_the_definition_says(rng):
     g = np.repeat(correlated(rng, m=6, d=12), 2, axis=0)
     curve = mfac.damping_curve(g, block_size=[5, 7], dampings=DECADES)

@@ -240,7 +240,8 @@ def draw(path: Path, records: list[dict]) -> None:
     tasks = unique(records, "task")
     rows = -(-len(tasks) // 2)
     figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
-    for axes, task in zip(figure.subplots(rows, 2, squeeze=False).flat, tasks, strict=False):
+    for place, task in enumerate(tasks, 1):
+        axes = figure.add_subplot(rows, 2, place)
         own = [r for r in records if r["task"] == task]
         curve = means(records, task)
         axes.semilogx(

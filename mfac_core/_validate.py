@@ -6,6 +6,7 @@ import math
 import operator
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,34 @@ def block_sizes(block_size: Any, d: int) -> tuple[int, ...]:
         return tuple(lengths)
     size = integer(block_size, "block_size", minimum=1)
     return tuple(min(size, d - start) for start in range(0, d, size))
+
+
+def block_sizes_by_layer(
+    block_size: Any, lengths: Sequence[int]
+) -> list[tuple[int, ...]] | list[None]:
+    """Return the lengths of blocks within each layer; None for each where there are none."""
+    if block_size is None:
+        return [None] * len(lengths)
+    if not isinstance(block_size, Sequence) and getattr(block_size, "ndim", 0) != 1:
+        return [block_sizes(block_size, length) for length in lengths]
+    sizes = block_sizes(block_size, sum(lengths))
+    stops, ends = np.cumsum(sizes), np.cumsum(lengths)
+    if not np.all(np.isin(ends, stops)):
+        end = int(ends[~np.isin(ends, stops)][0])
+        msg = f"block_size must have no block across two layers, got one across column {end}"
+        raise ValueError(msg)
+    cuts = [0, *(np.searchsorted(stops, ends) + 1)]
+    return [sizes[first:last] for first, last in pairwise(cuts)]
+
+
+def layer_shapes(layers: Sequence[Any], d: int) -> list[tuple[int, ...]]:
+    """Return the shapes of layers that sum to d weights; (length,) where only that is given."""
+    shapes = []
+    for i, given in enumerate(layers):
+        numbers = given if isinstance(given, Sequence) else [given]
+        shapes.append(tuple(integer(n, f"layers[{i}]", minimum=1) for n in numbers))
+    total = sum(math.prod(shape) for shape in shapes)
+    if total != d:
+        msg = f"layers must sum to the number of weights {d}, got {total}"
+        raise ValueError(msg)
+    return shapes

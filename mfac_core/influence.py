@@ -30,6 +30,7 @@ from mfac_core._arrays import (
 )
 from mfac_core._operators.damping import damping_of
 from mfac_core._operators.digits import finite_gram
+from mfac_core._operators.spectra import Blocks
 from mfac_core._operators.static import InverseFisher
 from mfac_core._ops.rows import column_slices
 from mfac_core._rows.base import Columns, Reduce, Rows
@@ -119,8 +120,8 @@ class Influence:
         given = None if damping == "auto" else check.damping(damping)
         rows = rows_of(gradients, reduce=reduce, progress=progress)
         gram = finite_gram(rows)
-        chosen = damping_of(rows, to_numpy(gram)) if given is None else given
-        self._inverse = InverseFisher._of_rows(rows, chosen, gram, checked=False)
+        chosen = damping_of(Blocks(rows, gram=gram)) if given is None else given
+        self._inverse = InverseFisher._of_rows(rows, chosen, gram)
         self._known: tuple[NDArray, NDArray] | None = None
 
     @property

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, device, to_numpy
 from mfac_core._operators.base import Indices, SymmetricOperator
+from mfac_core._operators.damping import damping_of
 from mfac_core._operators.dual_blocks import dual_blocks
 from mfac_core._operators.online import BlockFisher
 from mfac_core._operators.primal import inverse_primal
+from mfac_core._operators.spectra import Blocks
 from mfac_core._operators.static import InverseFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce, Rows
-from mfac_core._rows.plan import batches
+from mfac_core._rows.plan import WIDE_BYTES, batches
 from mfac_core._rows.storage import rows_of
 
 
@@ -153,8 +155,9 @@ class BlockInverseFisher(BlockDiagonal):
     gradients : array of shape (m, d), sequence of arrays of shape (m, dₖ), or sliceable
         One gradient per row, of any storage that :class:`InverseFisher` takes. Blocks of up to 2m
         are inverted at once and need the gradients no more; longer ones hold them.
-    damping : float
-        λ > 0.
+    damping : float or "auto"
+        λ > 0; or that of :func:`choose_damping` for these blocks, to be read from ``damping``
+        afterwards.
     block_size : int or sequence of int
         Length of every block, a shorter one at the end allowed; or the lengths of all blocks,
         such as the sizes of layers, summing to d.
@@ -208,14 +211,18 @@ class BlockInverseFisher(BlockDiagonal):
         self,
         gradients: Any,
         *,
-        damping: float,
+        damping: float | Literal["auto"],
         block_size: int | Sequence[int],
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
-        self.damping = check.damping(damping)
+        given = None if damping == "auto" else check.damping(damping)
         rows = rows_of(gradients, progress=progress)
         self.block_sizes = check.block_sizes(block_size, rows.shape[1])
+        if given is None:
+            shared = rows_of(gradients, reduce=reduce, progress=progress)
+            given = damping_of(Blocks(shared, self.block_sizes))
+        self.damping = given
         super().__init__(list(_inverses(rows, self.block_sizes, self.damping)), reduce)
 
     @classmethod
@@ -260,10 +267,6 @@ class BlockInverseFisher(BlockDiagonal):
         operator.damping, operator.block_sizes = damping, sums.block_sizes
         BlockDiagonal.__init__(operator, [sums.inverted(damping)], sums.reduce)
         return operator
-
-
-WIDE_BYTES = 1 << 24
-"""Size of a block's gradients in float64 from which on it is worked through by itself."""
 
 
 def _kinds(sizes: Sequence[int], m: int) -> Iterator[tuple[str, list[int]]]:

@@ -106,6 +106,8 @@ class Digits:
         Error of solutions due to float32 products above which products run in float64.
     checked : bool, default False
         Whether the Gram is known to be accurate enough for the dual's condition.
+    exact : bool, default False
+        Whether it is of float64 products, for rows that do not change.
     patience : int, optional
         Steps in float64 after which float32 is thought of again, for rows that change.
 
@@ -115,6 +117,8 @@ class Digits:
         λ; the dual's shift goes with it.
     checked : bool
         As given, until the dual changes.
+    exact : bool
+        As given.
     steps : int
         Rows exchanged.
     float64_steps : int
@@ -129,12 +133,13 @@ class Digits:
         largest_rounding: float,
         *,
         checked: bool = False,
+        exact: bool = False,
         patience: int | None = None,
     ) -> None:
         self.rows, self.dual, self.damping = rows, dual, damping
         self._largest_rounding = largest_rounding
         self._patience = patience
-        self.checked = checked
+        self.checked, self.exact = checked, exact
         self.steps = self.float64_steps = 0
 
     # -- the Gram --------------------------------------------------------------------------
@@ -160,10 +165,11 @@ class Digits:
         self.float64_steps += self.rows.float64
 
     def go_to_float64(self) -> None:
-        """Form the Gram anew from float64 products, and stay with them; or warn that it cannot."""
-        if not self.rows.widens:
+        """Stay with float64 products, of which the Gram is formed if it was not; or warn."""
+        if self.exact or not self.rows.widens:
             self.rows.float64 = True
-            warn_narrow(self.damping, self.rows.dtype)
+            if not self.exact:
+                warn_narrow(self.damping, self.rows.dtype)
             return
         gram = self.rows.gram(float64=True)
         with uninterrupted():

@@ -9,8 +9,9 @@ import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array
-from mfac_core._operators.damping import damping_of_rows
+from mfac_core._operators.damping import damping_of
 from mfac_core._operators.lowrank import FisherFunction
+from mfac_core._operators.spectra import Blocks
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import rows_of
 
@@ -84,7 +85,7 @@ class EmpiricalFisher(FisherFunction):
         given = None if damping == "auto" else check.damping(damping)
         self.gradients = gradients
         self._rows = rows_of(gradients, reduce=reduce, progress=progress)
-        self._damping = damping_of_rows(self._rows) if given is None else given
+        self._damping = damping_of(Blocks(self._rows)) if given is None else given
         self._reduce, self._progress = reduce, progress
 
     @property

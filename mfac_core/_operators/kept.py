@@ -22,14 +22,14 @@ class KeptInverse:
     damping : float
         λ.
     gram : array, shape (m, m), optional
-        G_R G_Rᵀ in the rows' home, accurate enough.
+        G_R G_Rᵀ of float64 products, in the rows' home.
     norms : array, shape (m,), optional
         Squared norms of the rows whose Gram was the last to be formed from all their columns.
     """
 
     def __init__(self, rows: Rows, damping: float, gram: Array = None, norms: Array = None) -> None:
         self._rows = rows
-        self._inverse = InverseFisher._of_rows(rows, damping, gram)
+        self._inverse = InverseFisher._of_rows(rows, damping, gram, exact=gram is not None)
         self._norms = self._square_norms(self._inverse._dual.gram) if norms is None else norms
 
     @property

@@ -18,6 +18,7 @@ from mfac_core._operators.base import Indices
 from mfac_core._operators.damping import damping_of
 from mfac_core._operators.fewer import PrimalOrDual, has_fewer_columns
 from mfac_core._operators.guard import Lock
+from mfac_core._operators.spectra import Blocks
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import ArrayRows, rows_of
 
@@ -104,14 +105,15 @@ class InverseFisher(PrimalOrDual):
         given = None if damping == "auto" else check.damping(damping)
         self.gradients = gradients
         rows = rows_of(gradients, reduce=reduce, progress=progress)
-        if given is not None and not store_whitened and has_fewer_columns(rows):
+        if not store_whitened and has_fewer_columns(rows):
+            given = damping_of(Blocks(rows)) if given is None else given
             self._damping, self._rows, self._lock = given, rows, Lock()
             if self._invert(rows):
                 return
         if given is not None:
             digits.foresee(rows, given)
         gram = digits.finite_gram(rows)
-        self._damping = damping_of(rows, to_numpy(gram)) if given is None else given
+        self._damping = damping_of(Blocks(rows, gram=gram)) if given is None else given
         self._start(rows, gram)
         if store_whitened:
             self._store_whitened()
@@ -122,13 +124,15 @@ class InverseFisher(PrimalOrDual):
         gradients: Any,
         gram: Any,
         *,
-        damping: float,
+        damping: float | Literal["auto"],
+        exact: bool = False,
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> Self:
         """Make the operator from a Gram matrix that is already known.
 
-        For gradients that arrived in a stream, and for one set of gradients under many dampings.
+        For gradients that arrived in a stream. For one set of gradients under many dampings see
+        :meth:`with_damping`.
 
         Parameters
         ----------
@@ -136,8 +140,12 @@ class InverseFisher(PrimalOrDual):
             See the class. Read by later queries only.
         gram : array, shape (m, m)
             G Gᵀ, such as :attr:`gram` of another operator; summed over ranks, if there are any.
-        damping : float
-            λ > 0.
+        damping : float or "auto"
+            λ > 0; or that of :func:`choose_damping`.
+        exact : bool, default False
+            Whether it was computed from float64 products. One of float32 products is formed anew
+            in float64, at d·m² multiplications, by the first query for whose λ it is not accurate
+            enough; an exact one never is.
         reduce : callable, optional
             See the class.
         progress : bool, default False
@@ -146,8 +154,7 @@ class InverseFisher(PrimalOrDual):
         Returns
         -------
         InverseFisher
-            As if made from the gradients alone, but for the accuracy of the Gram, which is taken
-            as it is.
+            As if made from the gradients alone.
 
         Raises
         ------
@@ -155,12 +162,15 @@ class InverseFisher(PrimalOrDual):
             See the class; and if ``gram`` is not a finite symmetric matrix of shape (m, m), such as
             the triangle that BLAS's syrk returns.
         """
-        operator = cls.__new__(cls)
-        operator._damping = check.damping(damping)
+        given = None if damping == "auto" else check.damping(damping)
         rows = rows_of(gradients, reduce=reduce, progress=progress)
         gram = rows.home.receive(check.gram_argument(gram, rows.shape[0]))
+        gram = rows.home.xp.asarray(gram, copy=True)
+        operator = cls.__new__(cls)
+        operator._damping = damping_of(Blocks(rows, gram=gram)) if given is None else given
         operator.gradients = gradients
-        operator._start(rows, rows.home.xp.asarray(gram, copy=True), checked=True)
+        # On the host a product asks for more where it needs it; on a device none is looked at.
+        operator._start(rows, gram, checked=rows.home.is_host, exact=exact)
         return operator
 
     def with_damping(self, damping: float) -> Self:
@@ -184,7 +194,8 @@ class InverseFisher(PrimalOrDual):
         Notes
         -----
         O(m³), and no pass over the gradients; but the first λ for which a Gram of float32 products
-        is not accurate enough has it formed anew in float64, here as there.
+        is not accurate enough has it formed anew in float64, here as there, and once. With fewer
+        parameters than gradients F itself is formed and inverted anew.
 
         Examples
         --------
@@ -199,7 +210,8 @@ class InverseFisher(PrimalOrDual):
     def _with_damping(self, damping: float) -> Self:
         if self._primal is not None:
             return type(self)(self.gradients, damping=damping, reduce=self._rows.reduce)
-        other = self._of_rows(copy.copy(self._rows), damping, self._dual.gram, checked=False)
+        exact = self._digits.exact
+        other = self._of_rows(copy.copy(self._rows), damping, self._dual.gram, exact=exact)
         if other._rows.float64 and not self._rows.float64:
             self._rows.float64 = True
             self._dual.set_gram(other._dual.gram)
@@ -209,14 +221,12 @@ class InverseFisher(PrimalOrDual):
 
     @classmethod
     def _of_rows(
-        cls, rows: Rows, damping: float, gram: Array | None = None, *, checked: bool = True
+        cls, rows: Rows, damping: float, gram: Array | None = None, *, exact: bool = False
     ) -> Self:
         operator = cls.__new__(cls)
         operator._damping = damping
-        if gram is None:
-            operator._start(rows, digits.finite_gram(rows))
-        else:
-            operator._start(rows, gram, checked=checked)
+        gram = digits.finite_gram(rows) if gram is None else gram
+        operator._start(rows, gram, checked=exact and rows.home.is_host, exact=exact)
         return operator
 
     _whitened: Rows | None = None
@@ -224,14 +234,21 @@ class InverseFisher(PrimalOrDual):
     _stored_diagonal: Array
     """With ``_whitened``."""
 
-    def _start(self, rows: Rows, gram: Array, *, checked: bool = False) -> None:
-        """Factor the dual; a Gram that is ``checked`` is taken as it is."""
+    def _start(
+        self, rows: Rows, gram: Array, *, checked: bool = False, exact: bool = False
+    ) -> None:
+        """Factor the dual; a ``checked`` Gram is taken as it is until a query needs more."""
         self._lock = Lock()
         self._rows = rows
         self._whitened = None
         self._dual = Dual(gram, self._divisor * self._damping, rows.home)
         self._digits = digits.Digits(
-            rows, self._dual, self._damping, digits.LARGEST_STATIC_ROUNDING, checked=checked
+            rows,
+            self._dual,
+            self._damping,
+            digits.LARGEST_STATIC_ROUNDING,
+            checked=checked,
+            exact=exact,
         )
         self._settle()
         self._dual.factor()

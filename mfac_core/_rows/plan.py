@@ -13,6 +13,9 @@ from mfac_core._arrays import Array, Home
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows, joined
 
+WIDE_BYTES = 1 << 24
+"""Size of a block's gradients in float64 from which on it is worked through by itself."""
+
 Positions = np.ndarray[Any, Any]
 """NumPy, int64, (blocks, B): where the parameters of each block are within their batch."""
 

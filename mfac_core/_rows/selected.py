@@ -46,7 +46,9 @@ class SelectedRows(Rows):
 
     def stretch(self, start: int, stop: int) -> SelectedRows:
         """See :meth:`Rows.stretch`."""
-        return SelectedRows(self._rows, self._indices[start:stop])
+        inside = self._indices[start:stop]
+        first, last = int(inside[0]), int(inside[-1]) + 1
+        return SelectedRows(self._rows.stretch(first, last), inside - first)
 
     def _blocks(self) -> Iterator[tuple[int, Array]]:
         """Yield blocks of all columns with where each starts."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, is_array_api_obj, to_numpy
+from mfac_core._operators.damping import damping_of
 from mfac_core._operators.online import BlockFisher
+from mfac_core._operators.spectra import Blocks
 from mfac_core._rows.base import Rows
+from mfac_core._rows.selected import SelectedRows
 from mfac_core.pruning._kept import Mask
 
 
@@ -39,3 +43,23 @@ def mask_argument(mask: Any, d: int, home: Home) -> Mask:
     if array_namespace(kept) is home.xp:
         return home.xp.asarray(kept, copy=True, device=home.device)
     return home.xp.asarray(np.array(to_numpy(kept)), device=home.device)
+
+
+def chosen_damping(
+    rows: Rows | BlockFisher, sizes: Sequence[int] | None, kept: Mask | None
+) -> float:
+    """Choose λ by the gradients of the kept weights; of all of them where None is given."""
+    if isinstance(rows, BlockFisher):
+        msg = (
+            "damping must be a number for a BlockFisher, which no longer knows the rows one by "
+            'one, got "auto"; take choose_damping(rows, block_size=...) of some of the rows'
+        )
+        raise ValueError(msg)
+    if kept is None:
+        return damping_of(Blocks(rows, sizes))
+    mask = to_numpy(kept)
+    inside = None
+    if sizes is not None:
+        starts = np.cumsum([0, *sizes[:-1]])
+        inside = [int(n) for n in np.add.reduceat(mask, starts, dtype=np.int64) if n]
+    return damping_of(Blocks(SelectedRows(rows, np.flatnonzero(mask)), inside))

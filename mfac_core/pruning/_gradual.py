@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -44,9 +45,12 @@ class GradualStep(_Step):
         What the quadratic model predicts for this step, before fine-tuning.
     layers : tuple of LayerShare
         What is left of each layer, as :class:`PrunedWeights` has it.
+    damping : float
+        λ of this step.
     """
 
     layers: tuple[LayerShare, ...] = ()
+    damping: float = math.nan
 
 
 def gradual(
@@ -57,7 +61,7 @@ def gradual(
     pattern: str | int | Array | None = None,
     mask: Array | None = None,
     layers: Sequence[int | Sequence[int]] | None = None,
-    damping: float,
+    damping: float | Literal["auto"],
     block_size: int | Sequence[int] | None = None,
     stages: int = 1,
     update: str = "joint",
@@ -88,8 +92,8 @@ def gradual(
         True where a weight is kept so far; what is removed stays so.
     layers : sequence of int or of tuple of int, optional
         See :func:`prune`.
-    damping : float
-        λ > 0.
+    damping : float or "auto"
+        λ > 0; or what :func:`prune` chooses, anew at every step.
     block_size : int or sequence of int, optional
         See :func:`prune`.
     stages : int, default 1
@@ -196,7 +200,7 @@ def gradual(
 def _step(number: int, weights: Array, pruned: PrunedWeights) -> GradualStep:
     sizes, kept = (sum(n) for n in zip(*((s.size, s.kept) for s in pruned.layers), strict=True))
     step = GradualStep(number, 1.0 - kept / sizes, weights, pruned.mask, pruned.loss_increase)
-    step.layers = pruned.layers
+    step.layers, step.damping = pruned.layers, pruned.damping
     return step
 
 

@@ -15,14 +15,13 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from mfac_core._arrays import Array
-from mfac_core._operators.blocked import WIDE_BYTES
 from mfac_core._operators.digits import warn_few_digits
 from mfac_core._operators.online import BlockFisher
 from mfac_core._operators.primal import fisher_blocks
 from mfac_core._operators.stacks import finite
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows
-from mfac_core._rows.plan import Batch, Positions, batches, gathered, read
+from mfac_core._rows.plan import WIDE_BYTES, Batch, Positions, batches, gathered, read
 from mfac_core.pruning._blocks import BlockPart, FisherPart, RowsPart, StackPart
 from mfac_core.pruning._full import FullPart
 from mfac_core.pruning._groups import Labels, Rises

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mfac_core import _validate as check
 
 
@@ -63,17 +65,11 @@ def layers_argument(layers: Sequence[Any] | None, d: int) -> list[Layer]:
     """Check lengths or shapes that sum to d; one layer of that length by default."""
     if layers is None:
         return [Layer(slice(0, d), None)]
-    result, start = [], 0
-    for i, given in enumerate(layers):
-        shape = None
-        if isinstance(given, Sequence):
-            shape = tuple(check.integer(n, f"layers[{i}]", minimum=1) for n in given)
-            size = math.prod(shape)
-        else:
-            size = check.integer(given, f"layers[{i}]", minimum=1)
-        result.append(Layer(slice(start, start + size), shape))
-        start += size
-    if start != d:
-        msg = f"layers must sum to the number of weights {d}, got {start}"
-        raise ValueError(msg)
-    return result
+    shapes = check.layer_shapes(layers, d)
+    stops = np.cumsum([math.prod(shape) for shape in shapes])
+    return [
+        Layer(slice(int(stop) - math.prod(shape), int(stop)), shape if known else None)
+        for shape, stop, known in zip(
+            shapes, stops, (isinstance(given, Sequence) for given in layers), strict=True
+        )
+    ]

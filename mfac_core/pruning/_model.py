@@ -46,7 +46,7 @@ class QuadraticModel:
         damping: float,
         sizes: Sequence[int] | None,
     ) -> None:
-        self._rows, self._damping, self._sizes = rows, damping, sizes
+        self._rows, self.damping, self._sizes = rows, damping, sizes
         self.home = ops.home(rows.like)
         self._weights = ops.view(self.home, weights)
         self._gradient = None if gradient is None else ops.view(self.home, gradient)
@@ -55,7 +55,7 @@ class QuadraticModel:
 
     def damped(self, factor: float) -> QuadraticModel:
         """Return the model with ``factor`` times the damping, for the same kept weights."""
-        damping = factor * self._damping
+        damping = factor * self.damping
         model = QuadraticModel(self._rows, self._weights, self._gradient, damping, self._sizes)
         model.restrict(self.kept)
         return model

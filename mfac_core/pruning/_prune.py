@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -11,14 +12,15 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, Home, array_namespace, send
 from mfac_core._operators.base import SymmetricOperator
 from mfac_core._operators.online import BlockFisher
+from mfac_core._ops import blocks as ops
 from mfac_core._progress import track
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.storage import rows_of
 from mfac_core._warn import warn
 from mfac_core.pruning import _trust
-from mfac_core.pruning._arguments import mask_argument, vector_argument
+from mfac_core.pruning._arguments import chosen_damping, mask_argument, vector_argument
 from mfac_core.pruning._budgets import budgets
-from mfac_core.pruning._kept import Vector
+from mfac_core.pruning._kept import Mask, Vector
 from mfac_core.pruning._layers import Layer, LayerShare, layers_argument
 from mfac_core.pruning._model import QuadraticModel
 from mfac_core.pruning._patterns import Budget, Pattern, pattern_of, schedule
@@ -48,9 +50,12 @@ class PrunedWeights(_Pruned):
         Over ranks that of all.
     layers : tuple of LayerShare
         What is left of each layer, in order; of all weights where no ``layers`` were given.
+    damping : float
+        λ, as given or chosen.
     """
 
     layers: tuple[LayerShare, ...] = ()
+    damping: float = math.nan
 
 
 def saliency(weights: Array, inverse: SymmetricOperator, *, reduce: Reduce | None = None) -> Array:
@@ -110,7 +115,7 @@ def obs_update(
     gradients: Any,
     mask: Array,
     *,
-    damping: float,
+    damping: float | Literal["auto"],
     block_size: int | Sequence[int] | None = None,
     gradient: Array | None = None,
     reduce: Reduce | None = None,
@@ -126,8 +131,9 @@ def obs_update(
         :class:`~mfac_core.BlockFisher`, the sums of gradients that were not stored.
     mask : array of bool, shape (d,)
         True where a weight is kept.
-    damping : float
-        λ > 0.
+    damping : float or "auto"
+        λ > 0; or that of :func:`~mfac_core.choose_damping` for these gradients and blocks, not of a
+        :class:`~mfac_core.BlockFisher`.
     block_size : int or sequence of int, optional
         Use the diagonal blocks of F of these lengths; by default the whole of F.
     gradient : array, shape (d,), optional
@@ -180,7 +186,7 @@ def prune(
     pattern: str | int | Array | None = None,
     mask: Array | None = None,
     layers: Sequence[int | Sequence[int]] | None = None,
-    damping: float,
+    damping: float | Literal["auto"],
     block_size: int | Sequence[int] | None = None,
     gradient: Array | None = None,
     stages: int = 16,
@@ -218,8 +224,9 @@ def prune(
         Lengths or shapes of the layers, in all d weights. Each then has a budget of its own, or a
         floor, see ``scope``; no group may lie across two. One-dimensional shapes, those of biases
         and norms, are never pruned.
-    damping : float
-        λ > 0.
+    damping : float or "auto"
+        λ > 0; or that of :func:`~mfac_core.choose_damping` for the gradients of the weights that
+        are kept so far and for these blocks, not of a :class:`~mfac_core.BlockFisher`.
     block_size : int or sequence of int, optional
         Use the diagonal blocks of F of these lengths; by default the whole of F. On small networks,
         with 20 to 1,500 weights for each row, blocks of about 1,000 were level with it or ahead,
@@ -252,7 +259,8 @@ def prune(
     Returns
     -------
     PrunedWeights
-        ``weights``, ``mask`` and ``loss_increase``; and ``layers``, what is left of each.
+        ``weights``, ``mask`` and ``loss_increase``; and ``layers``, what is left of each, and
+        ``damping``.
 
     Raises
     ------
@@ -305,11 +313,12 @@ def prune(
     d = rows.shape[1]
     if layers is None:
         scope = "layer" if isinstance(sparsity, Sequence) else "global"
-    model = _model(rows, weights, gradient, damping, block_size)
+    home = ops.home(rows.like)
+    kept = _everything(home, d) if mask is None else mask_argument(mask, d, home)
+    model = _model(rows, weights, gradient, damping, block_size, None if mask is None else kept)
     named = layers_argument(layers, d)
     shared = rows.reduce if scope == "global" else None
-    groups = pattern_of(pattern, named, model.home, shared)
-    kept = _everything(model.home, d) if mask is None else mask_argument(mask, d, model.home)
+    groups = pattern_of(pattern, named, home, shared)
     given = kept
     groups.restrict(kept)
     goals = budgets(sparsity, named, groups, kept, scope=scope, floor=floor, reduce=shared)
@@ -339,7 +348,7 @@ def prune(
         increase = model.change(current)
     xp = array_namespace(weights)
     pruned = PrunedWeights(beside(current), send(kept, weights, xp.bool), increase)
-    pruned.layers = _shares(named, groups, kept)
+    pruned.layers, pruned.damping = _shares(named, groups, kept), model.damping
     _warn_of_nothing(plan, given, kept, groups)
     return pruned
 
@@ -402,11 +411,15 @@ def _model(
     rows: Rows | BlockFisher,
     weights: Array,
     gradient: Array | None,
-    damping: float,
+    damping: float | Literal["auto"],
     block_size: int | Sequence[int] | None,
+    kept: Mask | None = None,
 ) -> QuadraticModel:
+    """Check what a model is made of; λ is chosen by the kept weights, of all of them by default."""
     w = vector_argument(weights, "weights", rows)
     g = None if gradient is None else vector_argument(gradient, "gradient", rows)
-    damping = check.damping(damping)
+    given = None if damping == "auto" else check.damping(damping)
     sizes = None if block_size is None else check.block_sizes(block_size, rows.shape[1])
-    return QuadraticModel(rows, w, g, damping, sizes)
+    if given is None:
+        given = chosen_damping(rows, sizes, kept)
+    return QuadraticModel(rows, w, g, given, sizes)

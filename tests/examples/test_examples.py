@@ -148,6 +148,16 @@ def test_choices_in_pruning(tmp_path):
 
 
 @pytest.mark.usefixtures("siblings")
+def test_the_choice_of_the_damping(tmp_path):
+    load("experiments/choose_damping.py").main(["--quick", "--output", str(tmp_path)])
+    header, _, *rows = tables(tmp_path)["choose-damping-table"]
+    assert header == "|  | the grid's best | leave-one-out | ledoit-wolf | oas |"
+    assert len(rows) == 6
+    assert all(row.count(", λ ") == 4 for row in rows)
+    assert (tmp_path / "choose-damping.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("siblings")
 @pytest.mark.parametrize("network", ["cnn", "resnet"])
 def test_pruning_on_fashion_mnist(network, tmp_path):
     """On random images in the files' format: the real ones need not be installed."""

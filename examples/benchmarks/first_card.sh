@@ -25,7 +25,7 @@ nvidia-smi -q >"$out/nvidia-smi.txt" 2>&1
 python -m pip freeze >"$out/packages.txt" 2>&1
 tests=tests/ops/test_gpu.py
 stage smoke 60 python -m pytest -m gpu -x -q -k smoke "$tests"
-stage tests 180 python -m pytest -m gpu -q --durations=10 -k "not sanitizer and not smoke" "$tests"
+stage tests 150 python -m pytest -m gpu -q --durations=10 -k "not sanitizer and not smoke" "$tests"
 stage sanitizer 120 python -m pytest -m gpu -q -k sanitizer "$tests"
 if command -v ncu >/dev/null; then
   stage profile 60 ncu --set basic --launch-count 40 -o "$out/profile" \

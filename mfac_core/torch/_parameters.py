@@ -118,3 +118,19 @@ def prunable(model: torch.nn.Module, *, embeddings: bool = True) -> dict[str, Te
         if p is not None and "weight" in attribute and p.ndim > 1 and p.requires_grad
     }
     return {name: p for name, p in model.named_parameters() if id(p) in wanted}
+
+
+def in_places(model: torch.nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is to stand in every place of parameters and buffers, for values by name.
+
+    Each module once: where ``functional_call`` ties weights itself, it leaves its own values behind
+    in a module that has two names.
+    """
+    named = (*model.named_parameters(), *model.named_buffers())
+    known = {id(x): values[name] for name, x in named if name in values}
+    places = {}
+    for prefix, module in model.named_modules():
+        for local, x in (*module._parameters.items(), *module._buffers.items()):
+            if x is not None and id(x) in known:
+                places[f"{prefix}.{local}" if prefix else local] = known[id(x)]
+    return places

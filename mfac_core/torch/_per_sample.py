@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfac_core import _validate as check
+from mfac_core._warn import warn
 from mfac_core.torch._gradients import columns_of, common_dtype, requiring_gradient, scalar
-from mfac_core.torch._parameters import Choice, bare
+from mfac_core.torch._parameters import Choice, bare, in_places
 from mfac_core.torch._store import store_for, width
 from mfac_core.torch._unchanged import unchanged
 
@@ -121,8 +122,10 @@ def per_sample_gradients(
     def loss(values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *batch: Tensor) -> Any:
         *arguments, target = batch
         keywords = dict(zip(named, arguments[len(positional) :], strict=True))
-        state, arguments = (dict(values), dict(buffers)), arguments[: len(positional)]
-        return loss_fn(torch.func.functional_call(model, state, tuple(arguments), keywords), target)
+        state = in_places(model, {**values, **buffers})
+        inside = tuple(arguments[: len(positional)])
+        result = torch.func.functional_call(model, state, inside, keywords, tie_weights=False)
+        return loss_fn(result, target)
 
     vectorised = True
     with unchanged(model) as restore:
@@ -139,7 +142,7 @@ def per_sample_gradients(
                 rows = _one_by_one(loss, columns, batch, restore)
             if reason is not None:  # and the plain loop can
                 msg = f"model is run on one row at a time, since it cannot be vectorised: {reason}"
-                warnings.warn(msg, UserWarning, stacklevel=2)
+                warn(msg, UserWarning)
             store.write(start, rows.to(dtype))
             restore()
     return store.finish()

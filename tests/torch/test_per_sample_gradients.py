@@ -153,3 +153,23 @@ def test_an_error_of_the_model_itself_is_raised_as_it_is():
     assert_as_it_was(model, before)
     with pytest.raises(ValueError, match=r"scalar.*shape \(1,3\)|scalar.*shape \(1, 3\)"):
         per_sample_gradients(torch.nn.Linear(5, 3), lambda out, y: out, x, y)
+
+
+@pytest.mark.parametrize("shared", ["module", "weight"])
+def test_what_a_model_uses_twice_stays_its_own(shared):
+    torch.manual_seed(0)
+    first, norm = torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)
+    last = first if shared == "module" else torch.nn.Linear(3, 3, bias=False)
+    last.weight = first.weight
+    model = torch.nn.Sequential(first, norm, torch.nn.Tanh(), last, norm).eval()
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    x, y = torch.randn(5, 3), torch.randn(5, 3)
+    rows = per_sample_gradients(model, torch.nn.functional.mse_loss, x, y)
+    for module in (first, last):
+        assert isinstance(module.weight, torch.nn.Parameter)
+        assert module.weight is parameters[0]
+    assert all(now is then for now, then in zip(model.buffers(), buffers, strict=True))
+    for i, row in enumerate(rows):
+        loss = torch.nn.functional.mse_loss(model(x[i : i + 1]), y[i : i + 1])
+        expected = torch.cat([g.ravel() for g in torch.autograd.grad(loss, parameters)])
+        torch.testing.assert_close(row, expected)

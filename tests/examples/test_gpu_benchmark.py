@@ -3,7 +3,6 @@
 import json
 import sys
 import types
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -39,78 +38,10 @@ def test_each_section_is_written_and_a_failure_stops_no_other(gpu, tmp_path, cap
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
-def scipy_as_cupyx(monkeypatch):
+def test_what_is_done_by_hand_is_the_product_with_the_inverse(gpu, rng, monkeypatch):
     cupyx = types.SimpleNamespace(scipy=types.SimpleNamespace(linalg=scipy.linalg))
     for name, module in (("", cupyx), (".scipy", cupyx.scipy), (".scipy.linalg", scipy.linalg)):
         monkeypatch.setitem(sys.modules, f"cupyx{name}", module)
-
-
-def host_card(gpu, monkeypatch):
-    """A card whose arrays are NumPy's; what only kernels do is checked for its arguments."""
-
-    class HostCard(gpu.Card):
-        def __init__(self):
-            self.cupy = np
-            self.bytes_per_ms = self.l2_bytes_per_ms = self.l2_bytes = 1.0
-            self.gemm = {"float32": 2.0, "float64": 1.0}
-
-        def time(self, act):
-            act()
-            return 1.0, 0.5
-
-        def random(self, m, d, dtype):
-            return np.random.default_rng(0).standard_normal((m, d)).astype(dtype)
-
-        def free(self):
-            return 10**10
-
-    for module, name in (
-        (gpu.rows, "exchange"),
-        (gpu.dense, "replace"),
-        (gpu.cuda_blocks, "inverses"),
-    ):
-        monkeypatch.setattr(module, name, mock.create_autospec(getattr(module, name)))
-    monkeypatch.setattr(gpu, "torch_on_device", lambda: None)
-    scipy_as_cupyx(monkeypatch)
-    return HostCard()
-
-
-SECTIONS = {
-    "passes": (6, 50, "float32"),
-    "window_step": (6, 50, "float32"),
-    "dual_update": (6,),
-    "small_blocks": (6, 4, 3),
-    "elements": (6, 50, 7, "float32"),
-    "sparse_passes": (3, 5000),
-    "static_setup": (6, 50),
-    "grams": (6, 600),
-}
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_each_section_asks_for_what_there_is(gpu, monkeypatch, section):
-    """Every act runs, and so does every other way of doing the same."""
-    measured = getattr(gpu, section)(host_card(gpu, monkeypatch), *SECTIONS[section])
-    assert measured
-    assert all(row["ms"] == 1.0 for row in measured)
-    assert gpu.markdown(measured).count("\n") == len(measured) + 1
-
-
-def test_each_section_is_measured(gpu, monkeypatch):
-    """No section is left out of a run, quick or whole; and on tiny sizes each has its turn."""
-    card = host_card(gpu, monkeypatch)
-    seen = set()
-    for section in SECTIONS:
-        monkeypatch.setattr(gpu, section, lambda *_, name=section: seen.add(name) or [])
-    for quick in (True, False):
-        for _, act in gpu.sections(card, quick=quick):
-            act()
-        assert seen == set(SECTIONS)
-        seen.clear()
-
-
-def test_what_is_done_by_hand_is_the_product_with_the_inverse(gpu, rng, monkeypatch):
-    scipy_as_cupyx(monkeypatch)
     g, x = rng.standard_normal((6, 20)), rng.standard_normal(20)
     acts = gpu.by_hand(types.SimpleNamespace(cupy=np), g, x)
     assert len(acts) == 2

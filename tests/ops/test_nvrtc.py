@@ -7,7 +7,7 @@ import pytest
 
 from mfac_core._ops.cuda import machine as cuda_machine
 
-ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121"]
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 WIDEST = {"float": 4, "double": 2, "__half": 4, "__nv_bfloat16": 4}
 REGISTERS = 65536  # of a multiprocessor
 
@@ -26,10 +26,6 @@ def variants():
         for macros in product_macros(storage):
             yield "project.cu", macros, 256
             yield "combine.cu", {**macros, "OUT_T": macros["X_T"]}, 128
-            if storage != "double":
-                twofold = {**macros, "TWOFOLD": 1}
-                yield "combine.cu", {**twofold, "OUT_T": macros["X_T"]}, 128
-                yield "project.cu", {**twofold, "X_T": storage}, 256
         exchange = {"G_T": storage, "X_T": storage, "COLUMNS": 1, "WIDTH": WIDEST[storage]}
         yield "project.cu", {**exchange, "EXCHANGE": 1}, 256
         for x in {storage, "double"}:

@@ -23,16 +23,7 @@
 #define CPU_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
 #define CPU_EXPORT __attribute__((visibility("default")))
 
-using std::fabs;
 using std::isfinite;
-
-// ---- float in the rounding of its instructions, and pairs of it --------------------------------
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
-struct alignas(8) float2 {
-    float x, y;
-};
-inline float2 make_float2(float x, float y) { return {x, y}; }
 
 struct uint3 {
     unsigned x, y, z;

@@ -156,8 +156,8 @@ def passes(card: Card, m: int, d: int, dtype: str) -> list[Row]:
         forth["PyTorch, G x"] = lambda: g2 @ x2
         back["PyTorch, Gᵀc"] = lambda: g2.T @ c2
     floor = card.moved(g.nbytes)
-    project = functools.partial(rows.project, g, x, exact=False, home=home)
-    combine = functools.partial(rows.combine, g, c, x, 2.0, dtype=g.dtype, exact=False)
+    project = functools.partial(rows.project, g, x, float64=False, home=home)
+    combine = functools.partial(rows.combine, g, c, x, 2.0, dtype=g.dtype, float64=False)
     return [
         *card.compare(f"project, {what}", project, floor, forth),
         *card.compare(f"exchange, {what}", lambda: rows.exchange(g, 3, x, home), floor, {}),
@@ -229,13 +229,13 @@ def sparse_passes(card: Card, m: int, d: int) -> list[Row]:
     return [
         *card.compare(
             f"project, {what}",
-            lambda: sparse.project(entries, noise, exact=True, home=home),
+            lambda: sparse.project(entries, noise, float64=True, home=home),
             card.moved(size),
             {},
         ),
         *card.compare(
             f"combine, {what}",
-            lambda: sparse.combine(entries, c, None, 1.0, dtype=noise.dtype, exact=True),
+            lambda: sparse.combine(entries, c, None, 1.0, dtype=noise.dtype, float64=True),
             card.moved(size),
             {},
         ),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import prune_digits
 import prune_fashion
-from datasets import fashion_mnist
+from data import fashion_mnist
 from networks import evaluate, set_weights, track
 from pruning_methods import Run, run_of
 from seeds import options, save, seeds_of, select, spread, table, unique

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import prune_digits
 import prune_fashion
-from datasets import Split, fashion_mnist
+from data import Split, fashion_mnist
 from networks import evaluate, set_weights, track
 from pruning_methods import METHODS, run_of
 from pruning_report import Yardstick

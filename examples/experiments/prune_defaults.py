@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from datasets import Split, fashion_mnist
+from data import Split, fashion_mnist
 from networks import evaluate
 from prune_fashion import CACHE, NETWORKS, prepared
 from pruning_report import accuracies

@@ -8,7 +8,7 @@ numbers to ``docs/results``.
 from __future__ import annotations
 
 import torch
-from datasets import Split, digits
+from data import Split, digits
 from networks import digits_mlp, track, train
 from pruning_methods import METHODS, run_of
 from pruning_report import Yardstick, accuracies, draw, rises

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from datasets import Split, fashion_mnist
+from data import Split, fashion_mnist
 from networks import cnn, evaluate, resnet, statistics_of, track, train
 from pruning_methods import METHODS, run_of, two_of_four
 from pruning_report import Yardstick, accuracies, draw, rises

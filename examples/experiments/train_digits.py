@@ -7,7 +7,7 @@ window. Writes tables, pictures and all numbers to ``docs/results``.
 from __future__ import annotations
 
 import torch
-from datasets import digits
+from data import digits
 from networks import digits_mlp, evaluate
 from seeds import options
 from torch import Tensor

@@ -9,7 +9,7 @@ and all numbers to ``docs/results``.
 from __future__ import annotations
 
 import torch
-from datasets import fashion_mnist
+from data import fashion_mnist
 from networks import cnn, evaluate
 from seeds import options
 from torch import Tensor

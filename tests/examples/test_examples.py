@@ -173,7 +173,7 @@ def test_pruning_on_fashion_mnist(network, tmp_path):
 @pytest.mark.usefixtures("siblings")
 def test_missing_images_are_named_with_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*--data"):
-        load("experiments/datasets.py").fashion_mnist(tmp_path)
+        load("experiments/data.py").fashion_mnist(tmp_path)
 
 
 @pytest.mark.usefixtures("siblings")

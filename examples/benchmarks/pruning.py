@@ -7,6 +7,7 @@ Ours prunes by the exact joint update, in float64.
     python examples/benchmarks/pruning.py                 the table of docs/pruning.md
     python examples/benchmarks/pruning.py --busy 4        beside four processes that never rest
     python examples/benchmarks/pruning.py --file 25.5e6   the size of a ResNet-50, from a file
+    python examples/benchmarks/pruning.py --file 25.5e6 --group 576   the same, filter by filter
 """
 
 from __future__ import annotations
@@ -161,8 +162,8 @@ def neighbours(repeats: int, d: int = 2**17) -> None:
             print(f"| {m} | {size} | " + " | ".join(f"{t * 1e3:.1f} ms" for t in times) + " |")
 
 
-def from_file(d: int, m: int, size: int) -> None:
-    """Prune a network of this many weights with its gradients in a file."""
+def from_file(d: int, m: int, size: int, group: int) -> None:
+    """Prune a network of this many weights, or groups of them, with its gradients in a file."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "rows.f32"
         rows = np.memmap(path, np.float32, "w+", shape=(m, d))
@@ -172,6 +173,7 @@ def from_file(d: int, m: int, size: int) -> None:
         del rows
         rows = np.memmap(path, np.float32, "r", shape=(m, d))
         w = np.random.default_rng(99).standard_normal(d, dtype=np.float32)
+        options: dict[str, Any] = {"pattern": np.arange(d) // group} if group > 1 else {}
         before = anonymous()
         start = time.perf_counter()
         for first in range(0, d, 2**18):
@@ -180,12 +182,20 @@ def from_file(d: int, m: int, size: int) -> None:
         with peak() as most:
             start = time.perf_counter()
             pruned = prune(
-                w, rows, sparsity=0.9, damping=DAMPING, block_size=size, stages=1, progress=True
+                w,
+                rows,
+                sparsity=0.9,
+                damping=DAMPING,
+                block_size=size,
+                stages=1,
+                progress=True,
+                **options,
             )
             took = time.perf_counter() - start
         print(
-            f"d = {d:,}, m = {m}, B = {size}, one stage: {took:.1f} s, reading the file once "
-            f"{reading:.1f} s, anonymous memory +{(most[0] - before) / 2**30:.2f} GiB, "
+            f"d = {d:,}, m = {m}, B = {size}, groups of {group}, one stage: {took:.1f} s, "
+            f"reading the file once {reading:.1f} s, "
+            f"anonymous memory +{(most[0] - before) / 2**30:.2f} GiB, "
             f"{pruned.mask.mean():.4f} kept"
         )
 
@@ -225,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--busy", type=int, default=0, help="processes that never rest beside it")
     parser.add_argument("--file", type=float, help="number of weights to prune from a file")
+    parser.add_argument("--group", type=int, default=1, help="remove so many together, with --file")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--neighbours", action="store_true", help="rows around a block's length")
     parser.add_argument("--smaller", type=int, default=1, help="divide the weights by this")
@@ -235,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         process.start()
     try:
         if given.file:
-            from_file(int(given.file), 64, 128)
+            from_file(int(given.file), 64, 128, given.group)
         elif given.neighbours:
             neighbours(given.repeats)
         else:

@@ -188,6 +188,11 @@ def damping(value: Any) -> float:
     return number
 
 
+def damping_or_auto(value: Any) -> float | None:
+    """Return λ, or None for "auto"."""
+    return None if isinstance(value, str) and value == "auto" else damping(value)
+
+
 def finite_number(value: Any, name: str) -> float:
     """Return ``value`` as a finite float."""
     try:

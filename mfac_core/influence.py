@@ -26,14 +26,13 @@ from mfac_core._arrays import (
     promote,
     send,
     to_numpy,
-    widen,
 )
 from mfac_core._operators.damping import damping_of
 from mfac_core._operators.digits import finite_gram
 from mfac_core._operators.spectra import Blocks
 from mfac_core._operators.static import InverseFisher
 from mfac_core._ops.rows import column_slices
-from mfac_core._rows.base import Columns, Reduce, Rows
+from mfac_core._rows.base import Columns, Reduce, Rows, widened
 from mfac_core._rows.given import GivenRows, is_given
 from mfac_core._rows.storage import rows_of
 
@@ -117,7 +116,7 @@ class Influence:
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
-        given = None if damping == "auto" else check.damping(damping)
+        given = check.damping_or_auto(damping)
         rows = rows_of(gradients, reduce=reduce, progress=progress)
         gram = finite_gram(rows)
         chosen = damping_of(Blocks(rows, gram=gram)) if given is None else given
@@ -330,7 +329,7 @@ class Influence:
         for columns in self._chunks(queries):
             # In float64 where that does not mean another model: queries are few beside the Gram.
             yield self._rows.project(
-                columns if isinstance(self._rows, GivenRows) else _widened(columns)
+                columns if isinstance(self._rows, GivenRows) else widened(columns)
             )
 
     def _check_width(self, queries: Rows) -> None:
@@ -399,7 +398,3 @@ def _transposed(block: Any) -> Array:
     """Return rows as columns."""
     array = block if is_array_api_obj(block) else np.asarray(block)
     return check.array_argument(array, "queries").T
-
-
-def _widened(columns: Columns) -> Columns:
-    return [widen(piece) for piece in columns] if isinstance(columns, list) else widen(columns)

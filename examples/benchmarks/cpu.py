@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from measure import medians, network_rows, two_passes, unit_rows
@@ -141,7 +143,7 @@ def sparse_step(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[
     ]
 
 
-def network(m: int, channels: int, damping: float, repeats: int) -> list[list[str]]:
+def network(m: int, channels: int, dampings: Sequence[float], repeats: int) -> list[list[str]]:
     """Time set-up, product and a window's step on rows of a network; nothing without PyTorch.
 
     Squared norms far apart and a small λ ask for products in float64.
@@ -150,32 +152,42 @@ def network(m: int, channels: int, damping: float, repeats: int) -> list[list[st
         import torch
     except ImportError:
         return []
-    rows = []
-    numpy_g = network_rows(m, channels)
-    x, c = (np.ones(n, np.float32) for n in numpy_g.shape[::-1])
-    for name, g in (("NumPy", numpy_g), ("PyTorch", torch.from_numpy(numpy_g))):
-        like = [x, c] if name == "NumPy" else [torch.from_numpy(x), torch.from_numpy(c)]
-        inverse = mfac.InverseFisher(g, damping=damping)
-        window = mfac.SlidingInverseFisher(g.shape[1], m, damping=damping)
-        for row in g:
-            window.append(row)
-        again = itertools.cycle(g)
-        setup_s, gram_s = medians(
-            lambda g=g: mfac.InverseFisher(g, damping=damping), lambda g=g: g @ g.T, repeats=repeats
-        )
-        product_s, step_s, floor_s = medians(
-            lambda f=inverse, x=like[0]: f @ x,
-            lambda w=window, a=again: w.append_matvec(next(a)),
-            lambda g=g, x=like[0], c=like[1]: (g @ x, c @ g),
-            repeats=repeats,
-        )
-        what = f"rows of a network in {name}, m {m}, d {g.shape[1]:,}, λ {damping:g}"
-        rows += [
-            [f"{what}: set-up", "a bare float32 Gram", f"{setup_s / gram_s:.1f} × the time"],
-            [f"{what}: F⁻¹x", "two bare gemv passes", f"{product_s / floor_s:.1f} × the time"],
-            [f"{what}: append_matvec", "those", f"{step_s / floor_s:.1f} × the time"],
-        ]
-    return rows
+    g = network_rows(m, channels)
+    libraries = {"NumPy": np.asarray, "PyTorch": torch.from_numpy}
+    return [
+        line
+        for damping in dampings
+        for library, convert in libraries.items()
+        for line in network_in(library, convert, g, damping, repeats)
+    ]
+
+
+def network_in(
+    library: str, convert: Callable[[Any], Any], rows: Any, damping: float, repeats: int
+) -> list[list[str]]:
+    """Time these rows in one library."""
+    m, d = rows.shape
+    g, x, c = (convert(a) for a in (rows, np.ones(d, np.float32), np.ones(m, np.float32)))
+    inverse = mfac.InverseFisher(g, damping=damping)
+    window = mfac.SlidingInverseFisher(d, m, damping=damping)
+    for row in g:
+        window.append(row)
+    again = itertools.cycle(g)
+    setup_s, gram_s = medians(
+        lambda: mfac.InverseFisher(g, damping=damping), lambda: g @ g.T, repeats=repeats
+    )
+    product_s, step_s, floor_s = medians(
+        lambda: inverse @ x,
+        lambda: window.append_matvec(next(again)),
+        lambda: (g @ x, c @ g),
+        repeats=repeats,
+    )
+    what = f"rows of a network in {library}, m {m}, d {d:,}, λ {damping:g}"
+    return [
+        [f"{what}: set-up", "a bare float32 Gram", f"{setup_s / gram_s:.1f} × the time"],
+        [f"{what}: F⁻¹x", "two bare gemv passes", f"{product_s / floor_s:.1f} × the time"],
+        [f"{what}: append_matvec", "those", f"{step_s / floor_s:.1f} × the time"],
+    ]
 
 
 def pruning_stages(rng: np.random.Generator, m: int, d: int, stages: int) -> list[list[str]]:
@@ -234,6 +246,21 @@ def optimizer_step(
     return rows
 
 
+def measured(rng: np.random.Generator, scale: int, repeats: int) -> Iterator[list[list[str]]]:
+    """Yield the lines of one act after the other."""
+    yield static_setup(rng, 512 // scale, 40_000 // scale, repeats)
+    yield block_setup(rng, 256 // scale, 32_768 // scale // 64 * 64, 64)
+    yield block_setup(rng, 256 // scale, 32_768 // scale // 128 * 128, 128)
+    yield damping_choice(rng, 512 // scale, 40_000 // scale, repeats)
+    yield product(rng, 256 // scale, 400_000 // scale, repeats)
+    yield window_step(rng, 1024 // scale, 150_000 // scale, 2 * repeats)
+    yield window_step(rng, 1024 // scale, 20_000 // scale, 2 * repeats)
+    yield sparse_step(rng, 256 // scale, 1_000_000 // scale, repeats)
+    yield network(256 // scale, 72 if scale == 1 else 12, (1e-3, 1e-6), repeats)
+    yield pruning_stages(rng, 512 // scale, 20_000 // scale, 16)
+    yield optimizer_step(rng, 256 // scale, 60, 4_500 // scale, 4 * repeats)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -243,23 +270,10 @@ def main(argv: list[str] | None = None) -> None:
     rng = np.random.default_rng(options.seed)
     scale, repeats = (50, 3) if options.quick else (1, 15)
 
-    rows = [
-        *static_setup(rng, 512 // scale, 40_000 // scale, repeats),
-        *block_setup(rng, 256 // scale, 32_768 // scale // 64 * 64, 64),
-        *block_setup(rng, 256 // scale, 32_768 // scale // 128 * 128, 128),
-        *damping_choice(rng, 512 // scale, 40_000 // scale, repeats),
-        *product(rng, 256 // scale, 400_000 // scale, repeats),
-        *window_step(rng, 1024 // scale, 150_000 // scale, 2 * repeats),
-        *window_step(rng, 1024 // scale, 20_000 // scale, 2 * repeats),
-        *sparse_step(rng, 256 // scale, 1_000_000 // scale, repeats),
-        *network(256 // scale, 72 // (6 if options.quick else 1), 1e-3, repeats),
-        *network(256 // scale, 72 // (6 if options.quick else 1), 1e-6, repeats),
-        *pruning_stages(rng, 512 // scale, 20_000 // scale, 16),
-        *optimizer_step(rng, 256 // scale, 60, 4_500 // scale, 4 * repeats),
-    ]
     print("| what | against | measured |\n| --- | --- | --- |")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    for rows in measured(rng, scale, repeats):
+        for row in rows:
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

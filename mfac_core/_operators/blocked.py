@@ -216,7 +216,7 @@ class BlockInverseFisher(BlockDiagonal):
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
-        given = None if damping == "auto" else check.damping(damping)
+        given = check.damping_or_auto(damping)
         rows = rows_of(gradients, progress=progress)
         self.block_sizes = check.block_sizes(block_size, rows.shape[1])
         if given is None:

@@ -35,12 +35,6 @@ FLOAT32_UNDERFLOW = 2.0**-126
 LARGEST_STATIC_ROUNDING = 2.0**-17
 """Error of solutions that float32 products may cause where the Gram is formed once."""
 
-FORESEEN_STRETCHES = 8
-"""Stretches of columns whose Gram is looked at first."""
-
-FORESEEN_SHARE = 16
-"""They are one in so many columns."""
-
 LARGEST_WINDOW_ROUNDING = 2.0**-14
 """The same for a window, every step of which would pay for float64 passes."""
 
@@ -67,6 +61,12 @@ LARGEST_REFINED_ERROR = 2.0**-6
 
 SMALLEST_GRAM_REST = 2.0**-4
 """What must be left of a row's square norm for a Gram that parts were taken off to be used on."""
+
+FORESEEN_STRETCHES = 8
+"""Stretches of columns whose Gram is looked at before that of all is formed."""
+
+FORESEEN_SHARE = 16
+"""One in so many columns belongs to them."""
 
 LARGEST_CANCELLATION = 128.0
 """Terms of Gᵀc relative to their sum above which it is summed in float64."""
@@ -319,7 +319,7 @@ class Digits:
 def foresee(rows: Rows, damping: float) -> None:
     """Set rows to float64 products at once where a part of their columns says it will come to that.
 
-    Saves the float32 Gram, that would be formed for nothing; a wrong guess costs time, no digits.
+    Saves the float32 Gram that would be formed for nothing; a wrong guess costs time, no digits.
     Stretches all over the columns, so that no layer stands for all.
     """
     m, d = rows.shape

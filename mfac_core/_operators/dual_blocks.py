@@ -11,12 +11,7 @@ import numpy as np
 from mfac_core._arrays import Array, Home, to_numpy
 from mfac_core._operators.base import Indices
 from mfac_core._operators.digits import warn_few_digits
-from mfac_core._operators.stacks import (
-    BlockStacks,
-    Stacks,
-    by_group,
-    finite,
-)
+from mfac_core._operators.stacks import BlockStacks, Stacks, by_group, finite
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows
 from mfac_core._rows.plan import Batch, indices, read, scattered

@@ -82,7 +82,7 @@ class EmpiricalFisher(FisherFunction):
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
-        given = None if damping == "auto" else check.damping(damping)
+        given = check.damping_or_auto(damping)
         self.gradients = gradients
         self._rows = rows_of(gradients, reduce=reduce, progress=progress)
         self._damping = damping_of(Blocks(self._rows)) if given is None else given

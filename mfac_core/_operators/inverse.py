@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, is_traced, send, to_numpy, widen
+from mfac_core._arrays import Array, is_traced, send, to_numpy
 from mfac_core._dual import Dual
 from mfac_core._jax import traced
 from mfac_core._operators.base import Indices
 from mfac_core._operators.digits import Difference, Digits
 from mfac_core._operators.lowrank import LowRankOperator
 from mfac_core._ops import dense
-from mfac_core._rows.base import first_of
+from mfac_core._rows.base import first_of, widened
 
 
 class DampedInverse(LowRankOperator):
@@ -152,7 +152,7 @@ class DampedInverse(LowRankOperator):
         a step is one projection and one combination, and subtracts nothing large.
         """
         n, damping = self._divisor, self._damping
-        wide = [widen(piece) for piece in x] if isinstance(x, list) else widen(x)
+        wide = widened(x)
         c = self._dual.solve(self._rows.project(wide))
         y = self._rows.combine_wide(-c / damping, wide, 1.0 / damping)
         for _ in range(steps):

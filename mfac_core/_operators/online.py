@@ -137,14 +137,7 @@ class BlockFisher:
         """
         home = ops.home(self.like)
         for batch, sums in zip(self._plan, self._sums, strict=True):
-            sizes = (size for size, _ in batch.groups)
-            yield (
-                batch,
-                [
-                    total / self.count + damping * home.eye(size)
-                    for total, size in zip(sums, sizes, strict=True)
-                ],
-            )
+            yield batch, [ops.shifted(home, total / self.count, damping) for total in sums]
 
     def inverse(self, damping: float) -> Any:
         """Return the inverse of λI plus the mean of what was added.

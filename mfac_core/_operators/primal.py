@@ -10,11 +10,7 @@ import numpy as np
 from mfac_core._arrays import Array, Home, to_numpy
 from mfac_core._operators.base import Indices
 from mfac_core._operators.digits import warn_few_digits
-from mfac_core._operators.stacks import (
-    BlockStacks,
-    by_group,
-    finite,
-)
+from mfac_core._operators.stacks import BlockStacks, by_group, finite
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows
 from mfac_core._rows.plan import Batch, indices, read, scattered
@@ -98,13 +94,15 @@ class Found:
     def __init__(self, home: Home, plan: Sequence[Batch]) -> None:
         self._rest = list(plan)
         self._stacks: list[Array] = []
+        self._stop = 0  # of the columns whose blocks are in the stacks
         self._size = plan[0].groups[0][0]
         if not home.is_numpy:  # batches are large there, and arrays not written to
             return
         alike = [(self._size, None)]
         equal = next((k for k, b in enumerate(plan) if b.groups != alike), len(plan))
         self._rest = list(plan[equal:])
-        blocks = plan[equal - 1].columns.stop // self._size if equal else 0
+        self._stop = plan[equal - 1].columns.stop if equal else 0
+        blocks = self._stop // self._size
         self._step = max(STACK_BYTES // (8 * self._size**2), 1)
         self._stacks = [
             np.empty((min(self._step, blocks - first), self._size, self._size))
@@ -113,7 +111,7 @@ class Found:
 
     def put(self, batch: Batch, inverses: list[Array]) -> list[Array]:
         """Take those of a batch, and return those that are to be kept by themselves."""
-        if batch in self._rest:
+        if batch.columns.start >= self._stop:
             return inverses
         first, done = batch.columns.start // self._size, 0
         while done < len(inverses[0]):
@@ -125,11 +123,11 @@ class Found:
 
     def blocks(self, kept: Sequence[list[Array]], like: Array) -> PrimalBlocks:
         """Return the operator, from what ``put`` returned in order too."""
-        plan, start = [], 0
-        for stack in self._stacks:
-            stop = start + len(stack) * self._size
-            plan.append(Batch(slice(start, stop), [(self._size, None)]))
-            start = stop
+        stops = np.cumsum([len(stack) * self._size for stack in self._stacks], dtype=np.int64)
+        plan = [
+            Batch(slice(int(stop) - len(stack) * self._size, int(stop)), [(self._size, None)])
+            for stack, stop in zip(self._stacks, stops, strict=True)
+        ]
         stacks = [[stack] for stack in self._stacks] + [some for some in kept if some]
         return PrimalBlocks(plan + self._rest, stacks, like)
 

@@ -102,7 +102,7 @@ class InverseFisher(PrimalOrDual):
         progress: bool = False,
         store_whitened: bool = False,
     ) -> None:
-        given = None if damping == "auto" else check.damping(damping)
+        given = check.damping_or_auto(damping)
         self.gradients = gradients
         rows = rows_of(gradients, reduce=reduce, progress=progress)
         if not store_whitened and has_fewer_columns(rows):
@@ -162,7 +162,7 @@ class InverseFisher(PrimalOrDual):
             See the class; and if ``gram`` is not a finite symmetric matrix of shape (m, m), such as
             the triangle that BLAS's syrk returns.
         """
-        given = None if damping == "auto" else check.damping(damping)
+        given = check.damping_or_auto(damping)
         rows = rows_of(gradients, reduce=reduce, progress=progress)
         gram = rows.home.receive(check.gram_argument(gram, rows.shape[0]))
         gram = rows.home.xp.asarray(gram, copy=True)

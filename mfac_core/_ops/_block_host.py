@@ -91,44 +91,36 @@ def _tiles(length: int, step: int) -> list[slice]:
 def inverse_factor(a: NDArray) -> NDArray:
     """Return R = L⁻¹ for each a = L Lᵀ of a stack: lower triangular, a⁻¹ = RᵀR.
 
-    Raises LinAlgError where a matrix is not positive definite to rounding.
+    By halves down to what LAPACK leaves to one thread. Raises LinAlgError where a matrix is not
+    positive definite to rounding.
     """
     size = a.shape[1]
-    padded = -(-size // BASE) * BASE if size > BASE else size
-    if padded == size:
-        return _inverse_factor(a)
-    larger = np.zeros((len(a), padded, padded))
-    larger[:, :size, :size] = a
-    larger[:, range(size, padded), range(size, padded)] = 1.0
-    return _inverse_factor(larger)[:, :size, :size]
-
-
-def _inverse_factor(a: NDArray) -> NDArray:
-    """See :func:`inverse_factor`; by halves down to what LAPACK leaves to one thread."""
-    size = a.shape[1]
     if size <= TILE:
-        return _inverse_triangles(np.linalg.cholesky(a))
+        return inverse_triangles(np.linalg.cholesky(a))
     half = size // BASE // 2 * BASE
     result = np.zeros_like(a)
-    first = _inverse_factor(a[:, :half, :half])
+    first = inverse_factor(a[:, :half, :half])
     below = multiply(a[:, half:, :half], first.transpose(0, 2, 1))
-    last = _inverse_factor(a[:, half:, half:] - square(below))
+    last = inverse_factor(a[:, half:, half:] - square(below))
     result[:, :half, :half], result[:, half:, half:] = first, last
     result[:, half:, :half] = multiply(last, multiply(-below, first))
     return result
 
 
-def _inverse_triangles(lower: NDArray) -> NDArray:
+def inverse_triangles(lower: NDArray) -> NDArray:
     """Return the inverses of lower triangles: tiles on the diagonal, and from them the rest."""
     n, size, _ = lower.shape
     tiles = _tiles(size, BASE)
-    along = np.empty((min(size, BASE), min(size, BASE), len(tiles), n))
+    edge = min(size, BASE)
+    along = np.zeros((edge, edge, len(tiles), n))
+    along[range(edge), range(edge), -1:] = 1.0  # the last tile may be shorter
     for k, i in enumerate(tiles):
-        along[:, :, k] = lower[:, i, i].transpose(1, 2, 0)
-    inverses = _inverse_tiles(along.reshape(*along.shape[:2], -1)).reshape(along.shape)
+        along[: i.stop - i.start, : i.stop - i.start, k] = lower[:, i, i].transpose(1, 2, 0)
+    inverses = _inverse_tiles(along.reshape(edge, edge, -1)).reshape(along.shape)
     result = np.zeros_like(lower)
     for k, i in enumerate(tiles):
-        result[:, i, i] = inverses[:, :, k].transpose(2, 0, 1)
+        here = inverses[: i.stop - i.start, : i.stop - i.start, k]
+        result[:, i, i] = here.transpose(2, 0, 1)
     _fill(result, lower)
     return result
 
@@ -138,7 +130,7 @@ def _fill(result: NDArray, lower: NDArray) -> None:
     size = result.shape[1]
     if size <= BASE:
         return
-    half = size // BASE // 2 * BASE
+    half = -(-size // BASE) // 2 * BASE
     _fill(result[:, :half, :half], lower[:, :half, :half])
     _fill(result[:, half:, half:], lower[:, half:, half:])
     product = lower[:, half:, :half] @ -result[:, :half, :half]

@@ -44,7 +44,7 @@ def _like(x: Array, wide: Array) -> Array:
 
 
 def _wide(x: Array, float64: bool) -> Array:
-    """Return ``x`` in the working dtype: float64 when exact, in NumPy where need be."""
+    """Return ``x`` in the working dtype: float64 where asked, in NumPy where need be."""
     if float64 or itemsize(x.dtype) == 8:
         return widen(x)
     xp = array_namespace(x)

@@ -126,7 +126,7 @@ def square(where: Home, a: Array) -> Array:
 
 
 def shifted(where: Home, a: Array, shift: float) -> Array:
-    """Return a + shift·I for a stack just computed, which NumPy's is overwritten by."""
+    """Return a + shift·I for a stack that nobody else holds: one of NumPy is overwritten."""
     n, size, _ = a.shape
     if not where.is_numpy:
         return a + shift * where.eye(int(size))

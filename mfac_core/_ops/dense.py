@@ -15,11 +15,9 @@ import scipy
 from array_api_compat import is_cupy_namespace, is_torch_namespace
 
 from mfac_core._arrays import Array, Home, is_numpy_array
+from mfac_core._ops import _block_host
 from mfac_core._ops.cuda import passes as cuda_passes
 from mfac_core._ops.cuda import queries as cuda_queries
-
-SMALL = 64
-"""Size of triangles that LAPACK inverts without threads."""
 
 UPDATE_ROWS = 64
 """Rows of a rank-two update at a time: the product they are added to stays in cache."""
@@ -47,19 +45,10 @@ def solve_lower(home: Home, factor: Array, b: Array) -> Array:
 
 
 def inverse_lower(home: Home, factor: Array) -> Array:
-    """Return L⁻¹ of a lower triangle; in NumPy by halves, from products."""
-    size = int(factor.shape[0])
-    if not home.is_numpy:
-        return solve_lower(home, factor, home.eye(size))
-    if size <= SMALL:
-        return np.linalg.inv(factor)
-    half = size // 2
-    first = inverse_lower(home, factor[:half, :half])
-    last = inverse_lower(home, factor[half:, half:])
-    result = np.zeros_like(factor)
-    result[:half, :half], result[half:, half:] = first, last
-    result[half:, :half] = -last @ (factor[half:, :half] @ first)
-    return result
+    """Return L⁻¹ of a lower triangle; in NumPy from products."""
+    if home.is_numpy:
+        return _block_host.inverse_triangles(factor[None])[0]
+    return solve_lower(home, factor, home.eye(int(factor.shape[0])))
 
 
 def cholesky_solve(home: Home, factor: Array, b: Array) -> Array:

@@ -21,6 +21,7 @@ from mfac_core._arrays import (
     itemsize,
     to_device,
     to_numpy,
+    widen,
 )
 from mfac_core._ops import rows as ops
 
@@ -285,6 +286,11 @@ class Rows(ABC):
 def first_of(x: Columns) -> Array:
     """Return x, or the first of its pieces."""
     return x[0] if isinstance(x, list) else x
+
+
+def widened(x: Columns) -> Columns:
+    """Return x, or all of its pieces, as float64."""
+    return [widen(piece) for piece in x] if isinstance(x, list) else widen(x)
 
 
 def _piece(x: Columns, i: int, columns: slice, part: Array) -> Array:

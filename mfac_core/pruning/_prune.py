@@ -418,7 +418,7 @@ def _model(
     """Check what a model is made of; λ is chosen by the kept weights, of all of them by default."""
     w = vector_argument(weights, "weights", rows)
     g = None if gradient is None else vector_argument(gradient, "gradient", rows)
-    given = None if damping == "auto" else check.damping(damping)
+    given = check.damping_or_auto(damping)
     sizes = None if block_size is None else check.block_sizes(block_size, rows.shape[1])
     if given is None:
         given = chosen_damping(rows, sizes, kept)

@@ -62,9 +62,7 @@ class LayerGrams:
                     else:
                         start_next = min(start_next, i)
                     for rows, others in held:
-                        block = sum(
-                            others[name].cross(f).to(self._device) for name, f in factors.items()
-                        )
+                        block = self._block(others, factors)
                         gram[rows, at], gram[at, rows] = block, block.T
             start = start_next
         return (gram + gram.T) / 2

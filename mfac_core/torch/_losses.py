@@ -11,10 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mfac_core._validate import NonFiniteError
 from mfac_core.torch import _batches
 from mfac_core.torch._gradients import Loss, bar, common_dtype
+from mfac_core.torch._parameters import in_places
 from mfac_core.torch._unchanged import unchanged
 
 Tensor = Any
 Values = Mapping[str, Tensor]
+
+MODEL = "model"
+"""Name of the attribute that the model is here."""
 
 
 class Losses(torch.nn.Module):  # type: ignore[misc]
@@ -81,21 +85,12 @@ class Losses(torch.nn.Module):  # type: ignore[misc]
         return losses.reshape(-1)
 
     def _state(self, values: Values) -> dict[str, Tensor]:
-        """Return what is to stand in every place of the model, each module once.
-
-        PyTorch, when it ties weights itself, leaves other values in a module of two names.
-        """
-        known = {id(p): values[name] for name, p in self._columns.items()}
-        state: dict[str, Tensor] = {}
-        for prefix, module in self.named_modules():
-            for local, x in (*module._parameters.items(), *module._buffers.items()):
-                is_fixed = local in module._parameters and not self._wide
-                if x is None or (is_fixed and id(x) not in known):
-                    continue
-                if id(x) not in known:  # buffers are written to: of their own for each call
-                    known[id(x)] = self._cast(x.detach()).clone()
-                state[f"{prefix}.{local}"] = known[id(x)]
-        return state
+        """Return what is to stand in every place of the model and of ``loss_fn``."""
+        chosen = {f"{MODEL}.{name}": values[name] for name in self._columns}
+        others = dict(self.named_parameters()) if self._wide else {}
+        others |= dict(self.named_buffers())  # are written to: of their own for each call
+        fixed = {n: self._cast(x.detach()).clone() for n, x in others.items() if n not in chosen}
+        return in_places(self, fixed | chosen)
 
     def each(self, start: int = 0) -> Generator[tuple[int, slice, Any]]:
         """Yield batches from one on, with the rows they are; checked for their number.

@@ -21,6 +21,7 @@ from mfac_core.torch._store import width
 Tensor = Any
 
 MEMORY = 1 << 28
+"""Bytes that gradients may take, by default."""
 
 DISAGREEMENT = (
     "the model's gradients must be the same in every pass, and project(combine(c)) is not "

@@ -65,8 +65,11 @@ def square(a: NDArray) -> NDArray:
         return a @ transposed
     result = np.empty((n, rows, rows))
     for i in _tiles(rows, TILE // 2):
-        _multiply_into(result[:, i, : i.stop], a[:, i], transposed[:, :, : i.stop])
-        result[:, : i.start, i] = result[:, i, : i.start].transpose(0, 2, 1)
+        left = slice(0, i.start)
+        _multiply_into(result[:, i, left], a[:, i], transposed[:, :, left])
+        result[:, left, i] = result[:, i, left].transpose(0, 2, 1)
+        # By itself: NumPy sees that it is a product with its own transpose.
+        _multiply_into(result[:, i, i], a[:, i], transposed[:, :, i])
     return result
 
 
@@ -116,7 +119,7 @@ def inverse_triangles(lower: NDArray) -> NDArray:
     along[range(edge), range(edge), -1:] = 1.0  # the last tile may be shorter
     for k, i in enumerate(tiles):
         along[: i.stop - i.start, : i.stop - i.start, k] = lower[:, i, i].transpose(1, 2, 0)
-    inverses = _inverse_tiles(along.reshape(edge, edge, -1)).reshape(along.shape)
+    inverses = _inverse_tiles(along.reshape(edge, edge, len(tiles) * n)).reshape(along.shape)
     result = np.zeros_like(lower)
     for k, i in enumerate(tiles):
         here = inverses[: i.stop - i.start, : i.stop - i.start, k]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mfac_core._arrays import Array, Home
+from mfac_core._arrays import Array, Home, to_numpy
 from mfac_core._operators.primal import fisher_blocks
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.plan import Batch, Positions, gathered, indices, scattered
-from mfac_core.pruning._groups import Labels, Rises, by_size, half_squares
+from mfac_core.pruning._groups import Labels, Rises, by_size, half
 from mfac_core.pruning._inverses import (
     Dual,
     Explicit,
@@ -93,6 +93,7 @@ class StackPart(ABC):
         if home.is_numpy and not self._all:
             self._gather()
         self._known: Inverses | None = None
+        self._doubted = False
 
     def _gather(self) -> None:
         """Choose which weights to work on, where that is few of them: those kept, and padding."""
@@ -105,7 +106,7 @@ class StackPart(ABC):
     @property
     def doubtful(self) -> bool:
         """See :class:`BlockPart`."""
-        return self._known is not None and self._known.doubtful
+        return self._doubted or (self._known is not None and self._known.doubtful)
 
     @property
     def _inverses(self) -> Inverses:
@@ -116,6 +117,17 @@ class StackPart(ABC):
     @abstractmethod
     def _invert(self) -> Inverses:
         """Return the inverses of the kept weights' matrices."""
+
+    @abstractmethod
+    def _some(self, blocks: Labels) -> StackPart:
+        """Return some of the blocks, on the host."""
+
+    def _few(self, needed: Labels) -> Labels | None:
+        """Return where ``needed`` (n,) is, if it pays to work on these blocks alone."""
+        if not self._home.is_numpy or self._known is not None:
+            return None
+        blocks = np.flatnonzero(needed)
+        return blocks if len(blocks) <= WORTH_GATHERING * len(needed) else None
 
     def _narrow(self, x: Array) -> Array:
         """Return what of x (n, B) is worked on, zero where not kept."""
@@ -142,8 +154,16 @@ class StackPart(ABC):
         """See :class:`Part`."""
         if self._all:
             return weights
-        removed = self._home.xp.where(self._kept, 0.0, weights)
-        return self._home.xp.where(self._kept, weights, 0.0) + self._spread(removed)
+        kept = self._home.xp.where(self._kept, weights, 0.0)
+        mixed = self._few(self._kept.any(axis=1) & ~self._kept.all(axis=1))
+        if mixed is None:
+            removed = self._home.xp.where(self._kept, 0.0, weights)
+            return kept + self._spread(removed)
+        if len(mixed):  # in the others nothing was removed, or nothing is left to be changed
+            some = self._some(mixed)
+            kept[mixed] = some.joint(weights[mixed])
+            self._doubted |= some.doubtful
+        return kept
 
     @abstractmethod
     def _spread(self, removed: Array) -> Array:
@@ -154,29 +174,60 @@ class StackPart(ABC):
         """Return xᵀFx for x of these values at these members, and zero elsewhere; (p,)."""
 
     @abstractmethod
+    def _forms(self, x: Array) -> Array:
+        """Return xᵀFx for each block, (n,)."""
+
     def quadratic(self, x: Array) -> float:
         """See :class:`Part`."""
+        return float(self._home.xp.sum(self._forms(x)))
 
     def rises(self, weights: Array, labels: Labels) -> list[Rises]:
-        """See :class:`Part`; O(k³) for each piece of k weights."""
+        """See :class:`Part`; O(k³) for each piece of k weights.
+
+        Pieces that are all that a block keeps need no inverse: ([F_RR⁻¹]_RR)⁻¹ = F_RR.
+        """
+        xp = self._home.xp
+        left = to_numpy(xp.sum(xp.astype(self._kept, xp.int64), axis=1))
+        one = labels.max(axis=1)
+        alone = (one >= 0) & (np.sum(labels == one[:, None], axis=1) == left)
+        found: list[Rises] = []
+        if alone.any():
+            forms = self._forms(xp.where(self._kept, weights, 0.0))
+            there = indices(self._home, np.flatnonzero(alone))
+            found.append((one[alone], xp.take(forms, there) / 2.0))
+        divided = (one >= 0) & ~alone
+        blocks = self._few(divided)
+        if blocks is None:
+            return found + self._rises_of_pieces(weights, np.where(divided[:, None], labels, -1))
+        if len(blocks):
+            some = self._some(blocks)
+            found += some._rises_of_pieces(weights[blocks], labels[blocks])
+            self._doubted |= some.doubtful
+        return found
+
+    def _rises_of_pieces(self, weights: Array, labels: Labels) -> list[Rises]:
+        """Return the rises of pieces by the inverse."""
         n, size = labels.shape
         count = int(labels.max(initial=-1)) + 1
         keys = np.where(labels >= 0, np.arange(n)[:, None] * count + labels, -1)
-        place = np.arange(size) if self._inside is None else np.cumsum(self._kept, axis=1) - 1
-        place = np.broadcast_to(place, (n, size)).ravel()
-        found = []
-        for pieces, members in by_size(keys.ravel(), size):
-            blocks, at = members[:, :1] // size, members % size
-            there = indices(self._home, blocks), indices(self._home, at)
-            flat_at = self._home.xp.reshape(there[0] * size + there[1], (-1,))
-            values = self._home.xp.take(self._home.xp.reshape(weights, (-1,)), flat_at)
-            values = self._home.xp.reshape(values, at.shape)
-            flat = self._damping * self._home.xp.sum(values * values, axis=1) / 2.0
-            sharp = flat + self._sharp(there, values) / 2.0
-            inner = indices(self._home, blocks), indices(self._home, place[members])
-            squares = self._inverses.submatrices(inner)
-            found.append((pieces % count, half_squares(self._home, squares, values, flat, sharp)))
-        return found
+        return [
+            (pieces % count, self._rises_of(weights, members))
+            for pieces, members in by_size(keys.ravel(), size)
+        ]
+
+    def _rises_of(self, weights: Array, members: Labels) -> Array:
+        """Return the rises of members (p, k)."""
+        xp, size = self._home.xp, self._kept.shape[1]
+        blocks, at = members[:, :1] // size, members % size
+        there = indices(self._home, blocks), indices(self._home, at)
+        flat_at = xp.reshape(there[0] * size + there[1], (-1,))
+        values = xp.reshape(xp.take(xp.reshape(weights, (-1,)), flat_at), at.shape)
+        flat = self._damping * xp.sum(values * values, axis=1)
+        sharp = flat + self._sharp(there, values)
+        if self._inside is not None:  # gathered weights stand where so many before them are kept
+            at = (np.cumsum(self._kept, axis=1) - 1)[blocks, at]
+        forms = self._inverses.inner_forms((there[0], indices(self._home, at)), values)
+        return half(self._home, forms, flat, sharp)
 
 
 class RowsPart(StackPart):
@@ -203,6 +254,14 @@ class RowsPart(StackPart):
         self._block, self._size, self._positions = block, size, positions
         self._whole: Array = None
         self._own: Array = None
+
+    def _some(self, blocks: Labels) -> StackPart:
+        if self._positions is None:
+            positions = blocks[:, None] * self._size + np.arange(self._size)
+        else:
+            positions = self._positions[blocks]
+        own = self._block, self._size, positions, self._kept[blocks], self._damping
+        return RowsPart(self._home, *own)
 
     def _invert(self) -> Inverses:
         if self._positions is None:
@@ -251,11 +310,9 @@ class RowsPart(StackPart):
         z = ops.multiply(self._home, self._rows(), removed[..., None])
         return self._widen(self._inverses.joint(self._narrow_rows(), z), 0.0)
 
-    def quadratic(self, x: Array) -> float:
-        """See :class:`Part`."""
-        b = ops.multiply(self._home, self._rows(), x[..., None])
-        xp = self._home.xp
-        return self._damping * float(xp.sum(x * x)) + float(xp.sum(b * b)) / int(b.shape[1])
+    def _forms(self, x: Array) -> Array:
+        xp, b = self._home.xp, ops.multiply(self._home, self._rows(), x[..., None])[..., 0]
+        return self._damping * xp.sum(x * x, axis=1) + xp.sum(b * b, axis=1) / int(b.shape[1])
 
     def _sharp(self, pieces: tuple[Any, Any], values: Array) -> Array:
         g = chosen_columns(self._home, self._rows(), pieces)
@@ -269,6 +326,9 @@ class FisherPart(StackPart):
     def __init__(self, home: Home, fisher: Array, kept: Array, damping: float) -> None:
         super().__init__(home, kept, damping)
         self._fisher = fisher
+
+    def _some(self, blocks: Labels) -> StackPart:
+        return FisherPart(self._home, self._fisher[blocks], self._kept[blocks], self._damping)
 
     def _invert(self) -> Inverses:
         kept, fisher = self._kept, self._fisher
@@ -284,10 +344,9 @@ class FisherPart(StackPart):
     def _spread(self, removed: Array) -> Array:
         return self.apply(ops.multiply(self._home, self._fisher, removed[..., None])[..., 0])
 
-    def quadratic(self, x: Array) -> float:
-        """See :class:`Part`."""
+    def _forms(self, x: Array) -> Array:
         product = ops.multiply(self._home, self._fisher, x[..., None])[..., 0]
-        return float(self._home.xp.sum(x * product))
+        return self._home.xp.sum(x * product, axis=1)
 
     def _sharp(self, pieces: tuple[Any, Any], values: Array) -> Array:
         matrices = chosen_pairs(self._home, self._fisher, pieces)

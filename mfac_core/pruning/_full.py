@@ -15,7 +15,7 @@ from mfac_core._rows.base import Rows
 from mfac_core._rows.masked import MaskedRows
 from mfac_core._rows.plan import indices
 from mfac_core._rows.selected import SelectedRows
-from mfac_core.pruning._groups import Labels, Rises, by_size, half_squares
+from mfac_core.pruning._groups import Labels, Rises, by_size, form, half
 from mfac_core.pruning._inverses import Primal
 
 
@@ -170,11 +170,11 @@ class FullPart:
         if self._small is not None:
             at = np.searchsorted(self._indices, members)
             pieces = np.zeros((n, 1), np.int64), at
-            squares = self._small.submatrices(pieces)
+            forms = self._small.inner_forms(pieces, values)
         else:
             assert self._inverse is not None
-            squares = self._inverse.squares(columns, n)
-        return half_squares(self._home, squares, values, flat / 2.0, (flat + sharp) / 2.0)
+            forms = form(self._home, self._inverse.squares(columns, n), values)
+        return half(self._home, forms, flat, flat + sharp)
 
     def _chosen(self, x: Array, members: Labels) -> Array:
         """Return elements of a vector by index, in the indices' shape."""

@@ -12,7 +12,7 @@ from array_api_compat import is_torch_namespace
 from mfac_core._arrays import Array, Home, to_numpy
 
 Labels: TypeAlias = np.ndarray[Any, Any]
-"""NumPy, int64, one for each weight: the number of its group, or −1 for none."""
+"""NumPy, integer, one for each weight: the number of its group, or −1 for none."""
 
 Rises: TypeAlias = tuple[Labels, Array]
 """Groups, and what the loss rises by for the part of them that was looked at."""
@@ -37,17 +37,19 @@ def by_size(labels: Labels, numbers: int) -> Iterator[tuple[Labels, Labels]]:
             yield groups[some], order[starts[some][:, None] + np.arange(k)]
 
 
-def half_squares(home: Home, matrices: Array, x: Array, lowest: Array, highest: Array) -> Array:
-    """Return ½ xᵀM⁻¹x for (n, k, k) and (n, k), held to bounds that rounding may have left."""
-    xp = home.xp
+def form(home: Home, matrices: Array, x: Array) -> Array:
+    """Return xᵀM⁻¹x for (n, k, k) and (n, k)."""
     if matrices.shape[1] == 1:
-        half = x[:, 0] * x[:, 0] / (2.0 * matrices[:, 0, 0])
-    else:
-        solved = _solved(home, matrices, x)
-        half = xp.sum(x * solved, axis=1) / 2.0
-    half = xp.where(xp.isfinite(half), half, highest)
-    half = xp.where(half < highest, half, highest)
-    return xp.where(half > lowest, half, lowest)
+        return x[:, 0] * x[:, 0] / matrices[:, 0, 0]
+    return home.xp.sum(x * _solved(home, matrices, x), axis=1)
+
+
+def half(home: Home, forms: Array, lowest: Array, highest: Array) -> Array:
+    """Return half of what rounding may have left its bounds, held to them."""
+    xp = home.xp
+    forms = xp.where(xp.isfinite(forms), forms, highest)
+    forms = xp.where(forms < highest, forms, highest)
+    return xp.where(forms > lowest, forms, lowest) / 2.0
 
 
 def _solved(home: Home, matrices: Array, x: Array) -> Array:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeAlias
 
 from mfac_core._arrays import Array, Home
 from mfac_core._ops import blocks as ops
+from mfac_core.pruning._groups import form
 
 Pieces: TypeAlias = tuple[Array, Array]
 """Some members of blocks: the blocks (p, 1), and the positions within them (p, k)."""
@@ -25,8 +26,8 @@ class Inverses(Protocol):
     def joint(self, g: Array, z: Array) -> Array:
         """Return F_RR⁻¹ G_Rᵀz/m for the gradients (n, m, w) of these weights, and z (n, m, 1)."""
 
-    def submatrices(self, pieces: Pieces) -> Array:
-        """Return some of their rows and columns, (p, k, k)."""
+    def inner_forms(self, pieces: Pieces, x: Array) -> Array:
+        """Return xᵀ([F_RR⁻¹]_QQ)⁻¹x for some members Q and x (p, k), (p,)."""
 
 
 class Explicit:
@@ -49,9 +50,9 @@ class Explicit:
         """See :class:`Inverses`."""
         return self.apply(_combined(self._home, g, z))
 
-    def submatrices(self, pieces: Pieces) -> Array:
+    def inner_forms(self, pieces: Pieces, x: Array) -> Array:
         """See :class:`Inverses`."""
-        return chosen_pairs(self._home, self._matrices, pieces)
+        return form(self._home, chosen_pairs(self._home, self._matrices, pieces), x)
 
 
 class Primal:
@@ -74,9 +75,10 @@ class Primal:
         """See :class:`Inverses`."""
         return self.apply(_combined(self._home, g, z))
 
-    def submatrices(self, pieces: Pieces) -> Array:
+    def inner_forms(self, pieces: Pieces, x: Array) -> Array:
         """See :class:`Inverses`."""
-        return ops.square(self._home, chosen_columns(self._home, self._factor, pieces))
+        matrices = ops.square(self._home, chosen_columns(self._home, self._factor, pieces))
+        return form(self._home, matrices, x)
 
 
 class Dual:
@@ -109,11 +111,23 @@ class Dual:
         solved = ops.multiply(self._home, ops.transposed(self._factor), half)
         return ops.multiply(self._home, ops.transposed(g), solved)[..., 0]
 
-    def submatrices(self, pieces: Pieces) -> Array:
-        """See :class:`Inverses`."""
+    def inner_forms(self, pieces: Pieces, x: Array) -> Array:
+        """See :class:`Inverses`.
+
+        With V the whitened columns of Q, of k × k matrices λ(I − VᵀV)⁻¹ or, where the rows are
+        fewer than k, by these: λ(I + Vᵀ(I − VVᵀ)⁻¹V).
+        """
         columns = chosen_columns(self._home, self._whitened(), pieces)
-        eye = self._home.eye(int(columns.shape[1]))
-        return (eye - ops.square(self._home, columns)) / self._damping
+        if columns.shape[1] <= self._m:
+            return self._damping * form(self._home, self._rest(columns), x)
+        v = ops.transposed(columns)
+        z = ops.multiply(self._home, v, x[..., None])[..., 0]
+        dots = self._home.xp.sum(x * x, axis=1)
+        return self._damping * (dots + form(self._home, self._rest(v), z))
+
+    def _rest(self, v: Array) -> Array:
+        """Return I − vvᵀ for a stack."""
+        return self._home.eye(int(v.shape[1])) - ops.square(self._home, v)
 
     def _whitened(self) -> Any:
         if self._white is None:

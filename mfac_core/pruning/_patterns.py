@@ -234,7 +234,8 @@ class Groups(Pattern):
         for layer in layers:
             if layer.is_vector:
                 labels[layer.part] = -1
-        self._labels = _numbered(labels)
+        labels = _numbered(labels)
+        self._labels = labels
         self._live = self._labels
         self._count = int(self._labels.max(initial=-1)) + 1
         self._owner = np.zeros(self._count, np.int64)
@@ -351,9 +352,14 @@ def _labels_argument(pattern: Any, d: int) -> Labels:
 
 
 def _numbered(labels: Labels) -> Labels:
-    """Return labels from 0 on, and −1 for weights without a group."""
-    numbered = np.full(len(labels), -1)
+    """Return labels from 0 on, and −1 for weights without a group; int32 where that is enough."""
+    if int(labels.max(initial=-1)) < 4 * len(labels):  # a table of the labels beats sorting them
+        present = np.bincount(labels[labels >= 0], minlength=1) > 0
+        table = np.append(np.cumsum(present) - 1, -1)
+        numbers = table.astype(np.int32 if len(labels) < 2**31 else np.int64)
+        return np.take(numbers, np.maximum(labels, -1), mode="wrap")
     free = labels >= 0
+    numbered = np.full(len(labels), -1)
     numbered[free] = np.unique(labels[free], return_inverse=True)[1]
     return numbered
 

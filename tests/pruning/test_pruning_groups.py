@@ -12,7 +12,7 @@ from problems import File, blocks_of, constrained_optimum, cuts, increase, probl
 from mfac_core._arrays import Home
 from mfac_core._rows.storage import rows_of
 from mfac_core.pruning import prune
-from mfac_core.pruning._groups import add_rises, half_squares
+from mfac_core.pruning._groups import add_rises, form, half
 from mfac_core.pruning._kept import KeptFisher
 from mfac_core.testing import dense_fisher, error_bound
 
@@ -120,9 +120,36 @@ def test_labels_are_any_integers_of_any_library(problem):
     w, g = problem
     expected = prune(w, g, sparsity=0.5, pattern=4, damping=0.1)
     labels = 1000 - 7 * (np.arange(24) // 4)
-    for pattern in (labels, labels.tolist(), labels.astype(np.int16), torch.asarray(labels)):
+    apart = labels * 10**15
+    for pattern in (labels, apart, labels.tolist(), labels.astype(np.int16), torch.asarray(labels)):
         pruned = prune(w, g, sparsity=0.5, pattern=pattern, damping=0.1)
         assert (pruned.mask == expected.mask).all()
+
+
+@pytest.mark.parametrize("m", [5, 40])
+@pytest.mark.parametrize("size", [10, 64])
+def test_groups_of_whole_blocks_and_pieces_of_them(rng, m, size):
+    """Of groups longer than the rows are many, by either form; a few blocks have several pieces."""
+    w, g = rng.standard_normal(640), rng.standard_normal((m, 640))
+    labels = np.arange(640) // (3 * size + 5)
+    labels[-7:] = -1
+    fisher = blocks_of(dense_fisher(g, damping=0.1), [size] * (640 // size))
+    expected = np.zeros(labels.max() + 1)
+    inverse = np.linalg.inv(fisher)
+    for label in range(len(expected)):
+        at = np.flatnonzero(labels == label)
+        expected[label] = 0.5 * w[at] @ np.linalg.solve(inverse[np.ix_(at, at)], w[at])
+    model = KeptFisher(rows_of(g), 0.1, [size] * (640 // size))
+    model.restrict(np.ones(640, dtype=bool))
+    actual = np.zeros(len(expected))
+    for some in model.visit(lambda part, here: part.rises(w[here], labels[here])):
+        for addend in some:
+            add_rises(model.home, actual, addend)
+    assert actual == pytest.approx(expected, rel=1e-11)
+    pruned = prune(w, g, sparsity=0.5, pattern=labels, damping=0.1, block_size=size, stages=2)
+    assert 0 < pruned.mask.sum() < 640
+    best = constrained_optimum(fisher, w, pruned.mask)
+    assert relative_error(pruned.weights, best) <= 1e-11
 
 
 def test_single_weights_with_some_that_stay(problem):
@@ -159,8 +186,13 @@ def test_groups_whose_inverse_is_singular_to_rounding(rng):
     assert np.isfinite(pruned.weights).all()
     assert pruned.mask.sum() == 8
     singular = np.array([[[1.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 4.0]]])
-    x, bounds = np.ones((2, 2)), (np.full(2, 0.1), np.full(2, 9.0))
-    assert half_squares(Home(np, "cpu"), singular, x, *bounds) == pytest.approx([0.5, 0.375])
+    x = np.ones((2, 2))
+    home = Home(np, "cpu")
+    forms = form(home, singular, x)
+    assert forms == pytest.approx([1.0, 0.75])
+    forms = np.array([np.nan, 0.05, 30.0])
+    held = half(home, forms, np.full(3, 0.1), np.full(3, 9.0))
+    assert held == pytest.approx([4.5, 0.05, 4.5])
 
 
 def test_n_of_m_is_exact_beside_a_mask_of_another_form(problem):

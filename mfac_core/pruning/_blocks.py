@@ -122,8 +122,8 @@ class StackPart(ABC):
     def _some(self, blocks: Labels) -> StackPart:
         """Return some of the blocks, on the host."""
 
-    def _few(self, needed: Labels) -> Labels | None:
-        """Return where ``needed`` (n,) is, if it pays to work on these blocks alone."""
+    def _few(self, needed: Array) -> Labels | None:
+        """Return where ``needed`` (n,) is, on the host, if it pays to work on these alone."""
         if not self._home.is_numpy or self._known is not None:
             return None
         blocks = np.flatnonzero(needed)
@@ -155,7 +155,8 @@ class StackPart(ABC):
         if self._all:
             return weights
         kept = self._home.xp.where(self._kept, weights, 0.0)
-        mixed = self._few(self._kept.any(axis=1) & ~self._kept.all(axis=1))
+        xp = self._home.xp
+        mixed = self._few(xp.any(self._kept, axis=1) & ~xp.all(self._kept, axis=1))
         if mixed is None:
             removed = self._home.xp.where(self._kept, 0.0, weights)
             return kept + self._spread(removed)

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 
 from mfac_core import _validate as check
 from mfac_core._progress import track
 from mfac_core.torch import _batches
 from mfac_core.torch._parameters import Choice, bare, chosen, with_gradient
+from mfac_core.torch._sharding import Sharding, is_dtensor, local, local_vector
 from mfac_core.torch._unchanged import unchanged
 
 Tensor = Any
@@ -27,6 +29,17 @@ def columns_of(model: torch.nn.Module, parameters: Choice | None) -> dict[str, T
     return chosen(model, parameters, "parameters")
 
 
+def refuse_sharded(columns: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of which each rank has a part."""
+    name = next((name for name, p in columns.items() if is_dtensor(p)), None)
+    if name is not None:
+        msg = (
+            f"model must have whole parameters, and {name!r} is a DTensor; do this before "
+            "fully_shard, or use gradient_rows and the operators' reduce="
+        )
+        raise NotImplementedError(msg)
+
+
 def rows_of_batches(
     model: torch.nn.Module,
     loss_fn: Loss,
@@ -37,11 +50,22 @@ def rows_of_batches(
     skip: int = 0,
     arrange: Callable[[Tensor], Tensor] = torch.flatten,
 ) -> Generator[tuple[Tensor, float]]:
-    """Yield the gradient (d,) and the loss of each batch; ``arrange`` flattens a parameter's."""
+    """Yield the gradient (d,) and the loss of each batch; ``arrange`` flattens a parameter's.
+
+    Of a sharded model, what this rank has of it.
+    """
     model = bare(model)
-    parameters = list(columns.values())
+    parameters, every = list(columns.values()), list(model.parameters())
     device, dtype = parameters[0].device, common_dtype(parameters)
-    backward = _by_autograd
+    sharded = any(map(is_dtensor, parameters))
+    # Gradients of shards come about in the backward pass alone, when it has summed over ranks.
+    backward = _by_backward if sharded else _by_autograd
+    ranks = Sharding(parameters, None).reduce if sharded else None
+    if ranks is not None and wanted is not None:
+        number, total, squares = ranks(np.array([1.0, wanted, wanted**2]))
+        if number * squares != total**2:
+            msg = f"batches must be as many on every rank, got {wanted} here; give rows"
+            raise ValueError(msg)
     with unchanged(model) as restore:
         for i, batch in enumerate(_batches.first(batches, wanted)):
             if i < skip:
@@ -50,23 +74,28 @@ def rows_of_batches(
             with requiring_gradient(parameters):
                 loss = scalar(loss_fn(model, batch), i)
                 try:
-                    parts = backward(loss, parameters, model)
+                    parts = backward(loss, parameters, every)
                 except RuntimeError as error:
                     if "checkpoint" not in str(error) or backward is _by_backward:
                         raise
                     backward = _by_backward
                     loss = scalar(loss_fn(model, batch), i)
-                    parts = backward(loss, parameters, model)
-            if all(part is None for part in parts):
+                    parts = backward(loss, parameters, every)
+            if not sharded and all(part is None for part in parts):
                 msg = "loss_fn must return a loss that depends on the chosen parameters"
                 raise ValueError(msg)
             row = torch.cat(
                 [
-                    arrange(torch.zeros_like(p) if part is None else part).to(device, dtype)
+                    arrange(
+                        torch.zeros_like(local(p)) if part is None else local_vector(part, p)
+                    ).to(device, dtype)
                     for part, p in zip(parts, parameters, strict=True)
                 ]
             )
-            if not bool(torch.isfinite(row).all()):
+            bad = not bool(torch.isfinite(row).all())
+            if ranks is not None:  # if one rank stops, all do
+                bad = bool(ranks(np.array([float(bad)]))[0])
+            if bad:
                 raise _not_finite(i, row, columns)
             value = float(loss.detach())
             del parts, loss
@@ -121,36 +150,37 @@ def common_dtype(parameters: Iterable[Tensor]) -> Any:
 
 
 def _by_autograd(
-    loss: Tensor, parameters: list[Tensor], model: torch.nn.Module
+    loss: Tensor, parameters: list[Tensor], every: list[Tensor]
 ) -> list[Tensor | None]:
     return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
 
 def _by_backward(
-    loss: Tensor, parameters: list[Tensor], model: torch.nn.Module
+    loss: Tensor, parameters: list[Tensor], every: list[Tensor]
 ) -> list[Tensor | None]:
-    """Go through ``grad``: reentrant checkpoints refuse ``torch.autograd.grad``.
+    """Go through ``grad`` of every parameter: reentrant checkpoints refuse the other way.
 
     What others have hung onto the accumulation of gradients, such as a step of an optimiser,
     must not run.
     """
-    hooks = [p._post_accumulate_grad_hooks or {} for p in model.parameters()]
+    hooks = [p._post_accumulate_grad_hooks or {} for p in every]
     kept = [dict(each) for each in hooks]
     try:
-        for p, each in zip(model.parameters(), hooks, strict=True):
+        for p, each in zip(every, hooks, strict=True):
             p.grad = None
             each.clear()
         loss.backward()
         return [p.grad for p in parameters]
     finally:
-        for p, each, before in zip(model.parameters(), hooks, kept, strict=True):
+        for p, each, before in zip(every, hooks, kept, strict=True):
             p.grad = None
             each.update(before)
 
 
 def _not_finite(i: int, row: Tensor, columns: Mapping[str, Tensor]) -> check.NonFiniteError:
-    parts = row.split([p.numel() for p in columns.values()])
+    parts = row.split([local(p).numel() for p in columns.values()])
     names = [n for n, x in zip(columns, parts, strict=True) if not bool(torch.isfinite(x).all())]
+    names = names or ["what other ranks have"]
     more = ", ..." if len(names) > 3 else ""
     return check.NonFiniteError(
         f"gradients must be finite, got NaN or infinity for batch {i} in {', '.join(names[:3])}"

@@ -11,7 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfac_core import _validate as check
 from mfac_core._warn import warn
-from mfac_core.torch._gradients import columns_of, common_dtype, requiring_gradient, scalar
+from mfac_core.torch._gradients import (
+    columns_of,
+    common_dtype,
+    refuse_sharded,
+    requiring_gradient,
+    scalar,
+)
 from mfac_core.torch._parameters import Choice, bare, in_places
 from mfac_core.torch._store import store_for, width
 from mfac_core.torch._unchanged import unchanged
@@ -105,6 +111,7 @@ def per_sample_gradients(
     model = bare(model)
     _refuse_batch_statistics(model)
     columns = columns_of(model, parameters)
+    refuse_sharded(columns)
     per_row = check.integer(samples_per_row, "samples_per_row", minimum=1)
     positional, named = _arguments(inputs)
     lengths = [len(x) for x in (*positional, *named.values())]

@@ -10,7 +10,7 @@ import torch
 from mfac_core import _validate as check
 from mfac_core.torch import _batches, _groups, _storage
 from mfac_core.torch._calibration import Calibration, evaluating, fetched
-from mfac_core.torch._gradients import Loss
+from mfac_core.torch._gradients import Loss, refuse_sharded
 from mfac_core.torch._masks import Masked, Masks, semi_structured
 from mfac_core.torch._parameters import Choice, bare, chosen, prunable
 from mfac_core.torch._ranks import group_of, same
@@ -144,7 +144,9 @@ class Pruner:
         self._settings = Settings(pattern, layers, damping, block_size, update)
         self._number, self._rows = rows, (storage, dtype, progress)
         self._inner, self._group = bare(model), group_of(model)
-        self._masks = Masks(self._inner, self._choose(parameters, exclude))
+        columns = self._choose(parameters, exclude)
+        refuse_sharded(columns)
+        self._masks = Masks(self._inner, columns)
         self._labels = (
             None
             if pattern is None or _groups.period(pattern)

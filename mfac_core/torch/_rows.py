@@ -10,7 +10,14 @@ import torch.distributed as dist
 
 from mfac_core import _validate as check
 from mfac_core.torch import _batches
-from mfac_core.torch._gradients import Loss, bar, columns_of, common_dtype, rows_of_batches
+from mfac_core.torch._gradients import (
+    Loss,
+    bar,
+    columns_of,
+    common_dtype,
+    refuse_sharded,
+    rows_of_batches,
+)
 from mfac_core.torch._parameters import Choice
 from mfac_core.torch._ranks import agreed, exchanged, share
 from mfac_core.torch._store import put, store_for, width
@@ -42,7 +49,10 @@ def gradient_rows(
         statistics of batch normalisation. It comes back as it was: modes, buffers, gradients,
         ``requires_grad`` and the random number generators of PyTorch. Every row starts from the
         same buffers. Inside ``DistributedDataParallel`` the rows are those of the rank's own
-        batches.
+        batches. Under ``fully_shard`` every rank calls this with as many batches of its own: a row
+        is the mean of the ranks' gradients, as a step of training has it, and each rank gets the
+        columns of its own shards, parameter by parameter, which the operators take with
+        ``reduce=``.
     loss_fn : callable
         ``loss_fn(model, batch)`` returns the loss of a batch, a scalar: as a rule its mean over
         the samples, such as ``lambda model, batch: cross_entropy(model(batch[0]), batch[1])``.
@@ -118,6 +128,7 @@ def gradient_rows(
         wanted = _batches.rows_argument(int(out.shape[0]), batches)
     d, ranks = width(columns), 1
     if group is not None:
+        refuse_sharded(columns)
         if wanted is None or out is not None:
             msg = "group needs batches with a length, or rows, and writes to no out"
             raise ValueError(msg)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mfac_core import _validate as check
+from mfac_core.torch._sharding import local
 
 Tensor = Any
 
@@ -125,8 +126,8 @@ def numpy_of(rows: Tensor) -> np.ndarray[Any, Any]:
 
 
 def width(parameters: Mapping[str, Tensor]) -> int:
-    """Return d, the number of all weights."""
-    return sum(p.numel() for p in parameters.values())
+    """Return d, the number of all weights that are here."""
+    return sum(local(p).numel() for p in parameters.values())
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
@@ -134,7 +135,7 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
     value = 0
     for name, p in parameters.items():
         value = zlib.crc32(name.encode(), value)
-        flat = p.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        flat = local(p).detach().cpu().contiguous().view(-1).view(torch.uint8)
         value = zlib.crc32(flat.numpy().data, value)
     return f"{value:08x}"
 

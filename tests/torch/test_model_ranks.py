@@ -100,3 +100,74 @@ def test_a_model_is_pruned_alike_on_all_ranks(tmp_path):
         assert sum(int((model[i].weight == 0).sum()) for i in (0, 2)) == 24
         """,
     )
+
+
+def test_rows_of_a_sharded_model_are_the_columns_of_its_shards(tmp_path):
+    """By the operators' ``reduce``, the numbers of one process that has all batches."""
+    on_two_ranks(
+        tmp_path,
+        """
+        import numpy as np
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from mfac_core import InverseFisher
+        from mfac_core.torch import per_sample_gradients
+
+        model, alone = network().eval(), network().eval()
+        whole = [
+            (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]))
+            for a, b in zip(data[::2], data[1::2], strict=True)
+        ]
+        expected = gradient_rows(alone, loss_fn, whole)
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        before = [p.to_local().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: (_ for _ in ()).throw(AssertionError))
+        rows = gradient_rows(model, loss_fn, data[rank::2])
+        columns, start = [], 0
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            assert p.grad is None and p.requires_grad
+            index = torch.arange(start, start + q.numel()).reshape(q.shape)
+            parts = index.tensor_split([-(-len(q) // 2)])
+            columns.append(parts[rank].flatten())
+            start += q.numel()
+        assert torch.allclose(rows, expected[:, torch.cat(columns)], rtol=0, atol=1e-6)
+        assert all(torch.equal(p.to_local(), q) for p, q in zip(model.parameters(), before))
+
+        def reduce(x):
+            total = torch.from_numpy(x)
+            dist.all_reduce(total)
+            return total.numpy()
+
+        x = torch.linspace(-1.0, 1.0, start)
+        y = InverseFisher(rows, damping=0.1, reduce=reduce) @ x[torch.cat(columns)]
+        z = InverseFisher(expected, damping=0.1) @ x
+        assert torch.allclose(y, z[torch.cat(columns)], rtol=0, atol=1e-5)
+
+        bad = [list(each) for each in data[rank::2]]
+        if rank:
+            bad[2][0] = bad[2][0] * torch.nan
+        for batches, words in ((bad, "for batch 2"), (data[rank::2][rank:], "as many on every")):
+            try:
+                gradient_rows(model, loss_fn, batches)
+            except ValueError as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError
+        assert torch.equal(gradient_rows(model, loss_fn, data[rank::2]), rows)
+        for refused in (
+            lambda: Pruner(model, loss_fn, data),
+            lambda: per_sample_gradients(model, cross_entropy, *data[0]),
+            lambda: gradient_rows(model, loss_fn, data, group=dist.group.WORLD),
+        ):
+            try:
+                refused()
+            except NotImplementedError as error:
+                assert "DTensor" in str(error)
+            else:
+                raise AssertionError
+        """,
+    )

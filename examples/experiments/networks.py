@@ -9,7 +9,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
+from torch.optim.swa_utils import update_bn
+
+import mfac_core.torch
 
 
 def digits_mlp() -> nn.Module:
@@ -111,12 +114,13 @@ def gradient_rows(
 
     Shape (m, d) for m·average samples.
     """
-    weights = weights_of(model)
-    rows = [
-        parameters_to_vector(torch.autograd.grad(cross_entropy(model(some), labels), weights))
-        for some, labels in zip(x.split(average), y.split(average), strict=True)
-    ]
-    return torch.stack(rows)
+    batches = list(zip(x.split(average), y.split(average), strict=True))
+    return mfac_core.torch.gradient_rows(
+        model,
+        lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+        batches,
+        parameters=weights_of(model),
+    )
 
 
 @torch.no_grad()
@@ -137,15 +141,7 @@ def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float,
 def statistics_of(model: nn.Module, x: torch.Tensor) -> Iterator[None]:
     """Take the statistics of batch normalisation from ``x`` meanwhile."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # the plain mean over all batches
-    model.train()
-    with torch.no_grad():
-        for some in x.split(500):
-            model(some)
-    model.eval()
+    update_bn(x.split(500), model)
     yield
     model.load_state_dict(before)
 

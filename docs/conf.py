@@ -16,11 +16,17 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # the site itself has it, and asks nobody
+    "sphinx_copybutton",
+    "sphinx_design",
 ]
 exclude_patterns = ["_build", "results"]  # results are included by pages
 templates_path = ["_templates"]
 
-myst_enable_extensions = ["dollarmath", "substitution"]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 
 
@@ -51,6 +57,20 @@ html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 html_title = f"mfac_core {release}"
-html_theme_options = {"navbar_center": [], "show_prev_next": False, "show_toc_level": 2}
+html_theme_options = {"navbar_center": [], "show_prev_next": True, "show_toc_level": 2}
 html_sidebars = {"**": ["pages"]}  # the header would hold five of them
 html_show_sourcelink = False
+
+
+def trim_mathjax(app, error):
+    """Leave out of the site what TeX in pages never asks of MathJax: most of 24 MB."""
+    root = Path(app.outdir) / "_static" / "mathjax"
+    needed = ("tex-chtml.js", "input/tex/", "output/chtml/", "ui/")
+    for path in root.rglob("*"):
+        if path.is_file() and not path.relative_to(root).as_posix().startswith(needed):
+            path.unlink()
+
+
+def setup(app):
+    """Trim after the extension has copied."""
+    app.connect("build-finished", trim_mathjax, priority=900)

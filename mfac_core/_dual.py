@@ -193,6 +193,10 @@ class Dual:
         msg = "the Gram of the gradients is not positive semidefinite, or not finite"
         raise np.linalg.LinAlgError(msg)
 
+    def is_indefinite(self) -> bool:
+        """Whether A has no Cholesky factor; O(m³) after a change."""
+        return self._inverse is None and self._known_factor() is None
+
     def _known_factor(self) -> Array | None:
         """Return the Cholesky factor, computed once; None where A is not positive definite."""
         factor = self._factor
@@ -221,7 +225,7 @@ class Dual:
         O(m²) where the inverse or the factor is known.
         """
         self.discard_if_doubtful()
-        if self._inverse is None and self._known_factor() is None:
+        if self.is_indefinite():
             return math.inf
         n = len(self)
         if self._probe is None or self._probe.shape[0] != n:
@@ -280,12 +284,13 @@ class Dual:
     def cancellation(self, c: Array) -> float:
         """Return √(Σ cᵢ²‖gᵢ‖²) / ‖Gᵀc‖: how much larger the terms of Gᵀc are than their sum."""
         total = float(c @ (self.gram @ c))
-        return self.terms(c) / math.sqrt(total) if total > 0.0 else math.inf
+        return float(self.terms(c)) / math.sqrt(total) if total > 0.0 else math.inf
 
-    def terms(self, c: Array) -> float:
-        """Return √(Σ cᵢ²‖gᵢ‖²), the size of the terms of Gᵀc."""
-        terms = c * self.home.xp.sqrt(self._diagonal())
-        return math.sqrt(float(terms @ terms))
+    def terms(self, c: Array) -> np.ndarray[Any, Any]:
+        """Return √(Σ cᵢ²‖gᵢ‖²), the size of the terms of Gᵀc, for c or each of its columns."""
+        norms = self.home.xp.sqrt(self._diagonal())
+        terms = c * (norms if c.ndim == 1 else norms[:, None])
+        return np.asarray(np.sqrt(to_numpy(self.home.xp.sum(terms * terms, axis=0))))
 
     def matrix(self) -> Array:
         """Return A."""

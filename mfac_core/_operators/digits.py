@@ -38,12 +38,6 @@ LARGEST_STATIC_ROUNDING = 2.0**-17
 LARGEST_WINDOW_ROUNDING = 2.0**-14
 """The same for a window, every step of which would pay for float64 passes."""
 
-FLOAT32_SUMS = 2.0**-23
-"""Error of a sum of products in float32 as it is after a pass, relative to norms; see ``_ops``."""
-
-FLOAT64_SUMS = 2.0**-52
-"""The same in float64."""
-
 LARGEST_PRODUCT_ERROR = 1e-5
 """Estimated relative error of F⁻¹x for which float32 products, or a silent result, will do."""
 
@@ -68,11 +62,26 @@ FORESEEN_STRETCHES = 8
 FORESEEN_SHARE = 16
 """One in so many columns belongs to them."""
 
-LARGEST_CANCELLATION = 128.0
-"""Terms of Gᵀc relative to their sum above which it is summed in float64."""
 
 LARGEST_MEASURABLE_CANCELLATION = 2.0**20
 """The same above which cᵀGGᵀc is too rounded to tell, and the sum itself is asked."""
+
+
+class Rounding(NamedTuple):
+    """Errors of products with the rows in one precision, as they are after a pass; see ``_ops``."""
+
+    projection: float
+    """Of gᵢᵀx, relative to ‖gᵢ‖ ‖x‖."""
+
+    gram: float
+    """Of gᵢᵀgⱼ, relative to ‖gᵢ‖ ‖gⱼ‖: sums of squares round the more the longer they are."""
+
+    term: float
+    """Of Gᵀc, relative to √(m Σ cᵢ²‖gᵢ‖²)."""
+
+
+FLOAT32 = Rounding(projection=2.0**-23, gram=2.0**-22, term=2.0**-24)
+FLOAT64 = Rounding(projection=2.0**-52, gram=2.0**-51, term=2.0**-53)
 
 
 class Difference(NamedTuple):
@@ -195,48 +204,58 @@ class Digits:
 
     # -- products --------------------------------------------------------------------------
 
-    def product(self, what: str, x: Any, formula: Callable[[Any], Any]) -> Any:
-        """Return y = formula(x), x less Gᵀc over λ: after an exact Gram if it cancels, or warned.
+    def product(self, what: str, x: Any, formula: Callable[[Any], tuple[Any, Array]]) -> Any:
+        """Return y = (x − Gᵀc)/λ: after an exact Gram if that cancels too much, or warned.
 
-        On a device to look at y would mean to wait, and its products are in float64 anyway.
+        ``formula(x)`` gives y and c. On a device to look at them would mean to wait, and its
+        products are in float64 anyway.
         """
-        y = formula(x)
+        y, c = formula(x)
         if not self.rows.home.is_host:
             return y
-        # y is no shorter than λ/(λ + ‖G‖²/n) of x/λ.
-        ratio = self.dual.norm() / self.dual.shift
         float64 = self.products_are_float64(x)
-        if not float64 and self._cancels(x, y, self._smallest_product(FLOAT32_SUMS, ratio)):
+        if not float64 and self._loses(x, y, c, FLOAT32):
             self.go_to_float64()
-            float64, y = True, formula(x)
-        if float64 and itemsize(self.rows.like.dtype) < 8:
-            smallest = self._smallest_product(FLOAT64_SUMS, ratio)
-        else:
-            enough = ratio < SMALLEST_REST ** (-2 / 3)
-            smallest = 0.0 if enough else SMALLEST_REST * math.sqrt(max(self.dual.condition(), 1.0))
-        if float64 and self._cancels(x, y, smallest):
+            float64, (y, c) = True, formula(x)
+        if float64 and self._loses(x, y, c, FLOAT64):
             self.warn(what)
         return y
-
-    def _smallest_product(self, rounding: float, ratio: float) -> float:
-        """Return what x − Gᵀc may leave of x where sums are rounded so; 0 where it must leave more.
-
-        Errors of Gx, of the Gram and of Gᵀc are all relative to ‖x‖, and grow by no more than the
-        dual's sensitivity.
-        """
-        if rounding * ratio * (1.0 + math.sqrt(len(self.dual) * ratio)) < LARGEST_PRODUCT_ERROR:
-            return 0.0  # the sensitivity is no more than √(m·ratio)
-        smallest = rounding * (1.0 + self.dual.sensitivity()) / LARGEST_PRODUCT_ERROR
-        return smallest if smallest * ratio > 1.0 else 0.0
 
     def products_are_float64(self, x: Any) -> bool:
         """Whether products with x run in float64."""
         return self.rows.float64 or itemsize(promote(first_of(x), self.rows.like.dtype)) == 8
 
-    def _cancels(self, x: Any, y: Any, smallest: float) -> bool:
-        """Whether x − Gᵀc = λy is shorter than ``smallest`` of x, for some column."""
-        if not smallest:
+    def _loses(self, x: Any, y: Any, c: Array, rounding: Rounding) -> bool:
+        """Whether y = (x − Gᵀc)/λ is off by more than it may be, for some column of x.
+
+        Errors of Gx and of the Gram grow by no more than the dual's sensitivity κ in GᵀA⁻¹. What
+        they are relative to is cheaper to bound than to compute: that is tried first.
+        """
+        if itemsize(self.rows.like.dtype) == 8:
+            return self._loses_float64(x, y)
+        m, ratio = len(self.dual), self.dual.norm() / self.dual.shift
+        combination = rounding.term * math.sqrt(max(m, 4))
+
+        def error(sensitivity: float, whole: Any, terms: Any) -> Any:
+            grown = sensitivity * (rounding.projection * whole + rounding.gram * terms)
+            return (grown + combination * terms) / LARGEST_PRODUCT_ERROR
+
+        largest = math.sqrt(m * ratio)  # no less than κ; terms are no more than κ‖x‖
+        if error(largest, 1.0, largest) * ratio < 1.0:  # y is no shorter than ‖x‖/(λ·ratio)
             return False
+        whole, terms = np.sqrt(self.rows.square_norms(x)), self.dual.terms(c)
+        rest = self.damping * np.sqrt(self.rows.square_norms(y))
+        if not np.all(np.isfinite(rest)):
+            return True
+        if np.all(error(largest, whole, terms) <= rest):
+            return False
+        return not np.all(error(self.dual.sensitivity(), whole, terms) <= rest)
+
+    def _loses_float64(self, x: Any, y: Any) -> bool:
+        """Whether of gradients in float64 next to no digits are left of x − Gᵀc = λy."""
+        if self.dual.norm() / self.dual.shift < SMALLEST_REST ** (-2 / 3):
+            return False
+        smallest = SMALLEST_REST * math.sqrt(max(self.dual.condition(), 1.0))
         whole, rest = self.rows.square_norms(x), self.rows.square_norms(y)
         left = (rest * self.damping**2 >= whole * smallest**2) & np.isfinite(rest)
         return not bool(np.all(left))
@@ -262,11 +281,12 @@ class Digits:
         if self.rows.always_float64:  # to look at it would mean to wait for the device
             return self.rows.combine(c, None, 1.0, dtype=dtype, float64=True)
         cancellation = self.dual.cancellation(c)
-        float64 = cancellation > LARGEST_CANCELLATION
+        rounding = FLOAT32.term * math.sqrt(max(len(self.dual), 4))
+        float64 = cancellation * rounding > LARGEST_PRODUCT_ERROR
         y = self.rows.combine(c, None, 1.0, dtype=dtype, float64=float64)
         if cancellation > LARGEST_MEASURABLE_CANCELLATION:
             left = float(self.rows.square_norms(y)) ** 0.5
-            if not left >= self.dual.terms(c) * SMALLEST_REST:
+            if not left >= float(self.dual.terms(c)) * SMALLEST_REST:
                 self.warn("F⁻¹g")
         return y
 

@@ -24,7 +24,7 @@ LARGEST_CONDITION = 2.0**34
 class PrimalOrDual(DampedInverse):
     """F⁻¹ by the matrix itself where that is known, and by rows and dual elsewhere.
 
-    The matrix λI + GᵀG/m is the smaller one where d < m; and nothing is subtracted, so that no
+    The matrix λI + GᵀG/n is the smaller one where d < n; and nothing is subtracted, so that no
     digits are lost to a small λ as long as the gradients span all parameters.
     """
 
@@ -37,7 +37,7 @@ class PrimalOrDual(DampedInverse):
         with finite(rows):
             ((_, block),) = read(rows, plan, home)
             wide = home.receive(block)
-            fisher = wide.T @ wide / m + self._damping * home.eye(d)
+            fisher = wide.T @ wide / self._divisor + self._damping * home.eye(d)
             if not bool(xp.all(xp.isfinite(xp.linalg.diagonal(fisher)))):
                 raise ops.NotFinite
         try:

@@ -139,11 +139,10 @@ class DampedInverse(LowRankOperator):
             return traced.apply(self._like(), x, self._damping, self._divisor, self._solve_traced)
         return self._digits.product("F⁻¹x", x, self._formula)
 
-    def _formula(self, x: Any) -> Any:
-        """F⁻¹x = (x − Gᵀc)/λ with c = A⁻¹Gx."""
-        c = self._dual.solve(self._rows.project(x))
-        c, alpha = -c / self._damping, 1.0 / self._damping
-        return self._rows.combine(c, x, alpha, dtype=self._product_dtype(x))
+    def _formula(self, x: Any) -> tuple[Any, Array]:
+        """F⁻¹x = (x − Gᵀc)/λ, and c = A⁻¹Gx."""
+        c, alpha = self._dual.solve(self._rows.project(x)), 1.0 / self._damping
+        return self._rows.combine(-alpha * c, x, alpha, dtype=self._product_dtype(x)), c
 
     def _refined(self, x: Any, steps: int) -> Any:
         """F⁻¹x with passes in float64, and residuals taken through G instead of through its Gram.
@@ -168,11 +167,9 @@ class DampedInverse(LowRankOperator):
     def _column(self, j: int) -> Array:
         self._columns_known()
 
-        def formula(unit: Array) -> Array:
-            c = self._dual.solve(self._rows.take(np.array([j]))[:, 0])
-            return self._rows.combine(
-                -c / self._damping, unit, 1.0 / self._damping, dtype=unit.dtype
-            )
+        def formula(unit: Array) -> tuple[Array, Array]:
+            c, alpha = self._dual.solve(self._rows.take(np.array([j]))[:, 0]), 1.0 / self._damping
+            return self._rows.combine(-alpha * c, unit, alpha, dtype=unit.dtype), c
 
         return self._digits.product("A column of F⁻¹", self._unit(j), formula)
 

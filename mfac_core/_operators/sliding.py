@@ -13,14 +13,20 @@ from mfac_core._arrays import Array, Home, array_namespace, device, is_traced
 from mfac_core._dual import Dual
 from mfac_core._operators import state as window_state
 from mfac_core._operators.base import Answer
-from mfac_core._operators.digits import LARGEST_WINDOW_ROUNDING, Digits
+from mfac_core._operators.digits import LARGEST_WINDOW_ROUNDING, Digits, finite_gram
+from mfac_core._operators.fewer import PrimalOrDual
 from mfac_core._operators.guard import Lock, uninterrupted
-from mfac_core._operators.inverse import DampedInverse
 from mfac_core._operators.pending import Pending
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.ring import ArrayRing, Ring
 
 NORMALIZATIONS = ("count", "window")
+
+PRIMAL_SHARE = 4
+"""Times that the parameters go into the window for F itself to be formed at each step.
+
+That takes d²·m + d³ operations, where updating the dual takes some passes over m² numbers.
+"""
 
 
 class Incoming(NamedTuple):
@@ -43,7 +49,7 @@ class Step(NamedTuple):
     """The slots held before."""
 
 
-class SlidingInverseFisher(DampedInverse):
+class SlidingInverseFisher(PrimalOrDual):
     """The inverse of F = λI + (1/n) Σ gᵢgᵢᵀ over a window of gradients, as an operator.
 
     Parameters
@@ -92,6 +98,10 @@ class SlidingInverseFisher(DampedInverse):
     refined in every solution, and computed afresh at least every m steps. While the window fills
     under "count", n changes with each gradient, and the next product factors A in O(m³).
 
+    With four times as many rows as parameters, or more, the d × d matrix F itself is formed and
+    inverted by the next query instead: O(d²·m + d³) a step, and O(m·d + d²) memory. Not over ranks
+    or by the CUDA kernels; and where F is all but singular, the dual is formed and answers.
+
     Answers the dynamic algorithm of Frantar, Kurtic and Alistarh (NeurIPS 2021,
     arXiv 2107.03356), whose matrices D and B need O(m³) per exchanged gradient.
 
@@ -109,6 +119,9 @@ class SlidingInverseFisher(DampedInverse):
     """
 
     _rows: Ring
+
+    _was_inverted: bool
+    """Whether F was, or could not be, inverted as it is now; where parameters are few."""
 
     _pending: Pending | None
     """What a device has found of the last step, until it is acted on."""
@@ -191,6 +204,7 @@ class SlidingInverseFisher(DampedInverse):
         return self._do(lambda: self._gram() + self._shift * self._rows.home.eye(len(self)))
 
     def _gram(self) -> Array:
+        self._by_dual()
         xp, home = self._rows.home.xp, self._rows.home
         slots = xp.asarray(np.asarray(self._rows.slots, dtype=np.int64), device=home.device)
         return xp.take(xp.take(self._dual.gram, slots, axis=0), slots, axis=1)
@@ -372,7 +386,22 @@ class SlidingInverseFisher(DampedInverse):
 
     def _settle(self) -> None:
         self._accept()
+        if self._has_few_parameters and len(self) and not self._was_inverted:
+            self._was_inverted = True
+            if not self._invert(self._rows):
+                self._by_dual()
         super()._settle()
+
+    @property
+    def _has_few_parameters(self) -> bool:
+        """Whether F is so much smaller than the dual that there is no dual to be kept."""
+        here = self._reduce is None and not self._rows.always_float64  # as kernels on a card are
+        short = PRIMAL_SHARE * self.num_params <= self.window_size
+        return short and here and isinstance(self._rows, ArrayRing)
+
+    def _by_dual(self) -> None:
+        if len(self._dual) != self._rows.used:
+            self._dual.set_gram(finite_gram(self._rows))
 
     def _accept(self) -> bool:
         """Act on what a device found of the last step; whether the dual's inverse is given up."""
@@ -390,6 +419,8 @@ class SlidingInverseFisher(DampedInverse):
         step = self._step(g)
         self._settle()
         slot = self._rows.slots[-1]
+        if self._primal is not None:
+            return self._primal._apply(cast("ArrayRing", self._rows).row(slot, dtype))
         c = self._dual.column(slot) * self._divisor
         if step.norm2 is not None:
             c = c + 0.0 * step.norm2  # NaN where it is not finite: what stayed is another gradient
@@ -454,6 +485,14 @@ class SlidingInverseFisher(DampedInverse):
         """Write a row into a slot of the ring, and let ``slots`` be the rows held from now on."""
         rows, (row, norm2) = self._rows, incoming
         before, there = rows.slots, None
+        if self._has_few_parameters:
+            with uninterrupted():
+                rows.write(slot, row)
+                rows.slots = slots
+                self._rescale()
+                self._dual.set_gram(rows.home.zeros((0, 0)))
+                self._digits.stepped()
+            return Step(None, before)
         grows = slot == rows.used
         on_device = rows.exchanges(row)
         if not on_device:
@@ -502,6 +541,7 @@ class SlidingInverseFisher(DampedInverse):
         return super()._diagonal()
 
     def _frozen(self) -> tuple[Rows, Array]:
+        self._by_dual()
         return self._rows.copy(), self._dual.gram
 
     def _version(self) -> Any:
@@ -536,6 +576,7 @@ class SlidingInverseFisher(DampedInverse):
         """Start with a ring of no gradients."""
         with uninterrupted():
             self._rows = ring
+            self._primal, self._was_inverted = None, False
             self._dual = Dual(ring.home.zeros((0, 0)), self._shift, ring.home)
             self._digits = Digits(
                 ring,
@@ -552,7 +593,8 @@ class SlidingInverseFisher(DampedInverse):
         return self._divisor * self._damping
 
     def _rescale(self) -> None:
-        """Take up a change of λ or of n."""
+        """Take up a change of λ, of n or of the rows."""
+        self._primal, self._was_inverted = None, False
         self._dual.set_shift(self._shift)
         self._digits.damping = self._damping
         self._digits.checked = False

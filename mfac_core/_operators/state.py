@@ -30,6 +30,7 @@ def save(window: SlidingInverseFisher) -> dict[str, Any]:
 
 def numbers(window: SlidingInverseFisher) -> dict[str, Any]:
     """Return copies of what is not d-sized, but for the slots."""
+    window._by_dual()
     return {
         "exact": window._rows.float64,
         "exact_steps": window._digits.float64_steps,

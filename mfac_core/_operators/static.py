@@ -35,8 +35,8 @@ class InverseFisher(PrimalOrDual):
         One gradient per row, real floating: an array of any array-API library; or several,
         side by side, on one device or on several; or anything with ``shape``, ``dtype`` and
         ``[:, a:b]``, such as a numpy.memmap, an h5py dataset or a zarr array, which is read in
-        slices; or :class:`GradientRows`, which are known by their products. Held, not copied, and
-        never written to; do not change it meanwhile.
+        slices; or the path of a .npy file; or :class:`GradientRows`, which are known by their
+        products. Held, not copied, and never written to; do not change it meanwhile.
     damping : float or "auto"
         λ > 0; or that of :func:`choose_damping`, to be read from ``damping`` afterwards.
     reduce : callable, optional
@@ -247,7 +247,7 @@ class InverseFisher(PrimalOrDual):
             self._dual,
             self._damping,
             digits.LARGEST_STATIC_ROUNDING,
-            checked=checked,
+            checked=checked and (exact or not self._dual.is_indefinite()),
             exact=exact,
         )
         self._settle()

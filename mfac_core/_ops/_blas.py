@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mfac_core._ops import _widened
-from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices, wide_columns
+from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices, gram_columns
 
 NDArray = np.ndarray[Any, Any]
 
@@ -42,7 +42,7 @@ def gram(g: NDArray, *, float64: bool, width: int) -> NDArray:
     work = _work(g, float64)
     total = np.zeros((g.shape[0], g.shape[0]))
     part = np.empty(total.shape, work)
-    for _, block in _blocks(g, work, min(width, GRAM_COLUMNS)):
+    for _, block in _blocks(g, work, gram_columns(g.shape[1], width)):
         # NumPy recognises a product with its own transpose: half the work of a general one.
         total += np.matmul(block, block.T, out=part)
     return total
@@ -50,7 +50,7 @@ def gram(g: NDArray, *, float64: bool, width: int) -> NDArray:
 
 def cross_gram(g: NDArray, h: NDArray, *, float64: bool, width: int) -> NDArray:
     """See :func:`mfac_core._ops.rows.cross_gram`."""
-    work, width = _work(g, float64), min(width, GRAM_COLUMNS)
+    work, width = _work(g, float64), gram_columns(g.shape[1], width)
     total = np.zeros((g.shape[0], h.shape[0]))
     for (_, block), (_, other) in zip(
         _blocks(g, work, width), _blocks(h, work, width), strict=True
@@ -62,15 +62,12 @@ def cross_gram(g: NDArray, h: NDArray, *, float64: bool, width: int) -> NDArray:
 def project(g: NDArray, x: NDArray, *, float64: bool) -> NDArray:
     """See :func:`mfac_core._ops.rows.project`."""
     work = _work(g, float64)
-    if g.dtype == work:
-        width = min(max(PROJECT_ELEMENTS // max(len(g), 1), 1024), 2 * GRAM_COLUMNS)
-    elif x.ndim == 1:
+    if g.dtype != work:
         return _widened.project(g, x, work)
-    else:
-        width = wide_columns(len(g))
+    width = min(max(PROJECT_ELEMENTS // max(len(g), 1), 1024), 2 * GRAM_COLUMNS)
     total = np.zeros((g.shape[0], *x.shape[1:]))
-    for columns, block in _blocks(g, work, width):
-        total += block @ x[columns].astype(work, copy=False)
+    for columns in column_slices(g.shape[1], width):
+        total += g[:, columns] @ x[columns].astype(work, copy=False)
     return total
 
 
@@ -81,15 +78,11 @@ def combine(
     work = _work(g, float64)
     c = c.astype(work, copy=False)
     dtype = work if dtype is None else dtype
-    if g.dtype == work:
-        width = COMBINE_COLUMNS
-    elif c.ndim == 1:
+    if g.dtype != work:
         return _widened.combine(g, c, base, alpha).astype(dtype, copy=False)
-    else:
-        width = wide_columns(len(g))
     out = np.empty((g.shape[1], *c.shape[1:]), dtype)
-    for columns, block in _blocks(g, work, width):
-        part = block.T @ c
+    for columns in column_slices(g.shape[1], COMBINE_COLUMNS):
+        part = g[:, columns].T @ c
         if base is not None:
             part += work(alpha) * base[columns].astype(work, copy=False)
         out[columns] = part

@@ -10,6 +10,14 @@ GRAM_COLUMNS = 4096
 WIDE_BYTES = 1 << 24
 """Size of the float64 copy of a block of columns."""
 
+SHORTEST_GRAM_COLUMNS = 64
+"""The same for few columns, which are cut all the same: float64 sums of sums in float32."""
+
+
+def gram_columns(d: int, most: int) -> int:
+    """Columns of a partial Gram: a sixteenth of all, as far as blocks of that size are fast."""
+    return min(max(-(-d // 16), SHORTEST_GRAM_COLUMNS), GRAM_COLUMNS, most)
+
 
 def wide_columns(m: int) -> int:
     """Columns whose float64 copy is a bounded buffer and still a worthwhile matrix product."""

@@ -20,7 +20,7 @@ from mfac_core._arrays import (
     to_numpy,
     widen,
 )
-from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
+from mfac_core._ops._blocks import column_slices, gram_columns
 from mfac_core._ops._precision import full_float32
 
 EVERYTHING = slice(None)
@@ -88,7 +88,7 @@ def _is_two_steps(g: Array, work: Any) -> bool:
 def gram(g: Array, *, float64: bool, width: int, home: Home) -> Array:
     """See :func:`mfac_core._ops.rows.gram`."""
     total = home.zeros((g.shape[0], g.shape[0]))
-    for columns in column_slices(g.shape[1], min(width, GRAM_COLUMNS)):
+    for columns in column_slices(g.shape[1], gram_columns(g.shape[1], width)):
         block = _wide(g[:, columns], float64)
         total += home.receive(_matmul(block, block.T))
     return total

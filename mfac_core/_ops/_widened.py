@@ -36,8 +36,8 @@ FLOAT16_BIAS = np.float32(2.0**112)
 
 
 def serves(g: Array, x: Array, *, float64: bool) -> bool:
-    """Whether the functions here take a product of PyTorch's G with a vector."""
-    if x.ndim != 1 or not is_torch_array(g) or g.device.type != "cpu":
+    """Whether the functions here take a product of PyTorch's G."""
+    if not is_torch_array(g) or g.device.type != "cpu":
         return False
     return itemsize(g.dtype) < (8 if float64 else 4)
 
@@ -49,32 +49,32 @@ def bits(g: Array) -> NDArray:
 
 
 def project(g: NDArray, x: NDArray, work: Any) -> NDArray:
-    """G x as float64, for x of shape (d,), by products in the dtype ``work``."""
+    """G x as float64, for x of shape (d,) or (d, k), by products in the dtype ``work``."""
     x = x.astype(work, copy=False)
-    threads = _workers(g)
+    threads = _workers(g, x)
 
     def some(columns: slice) -> NDArray:
         block = _Block(g, work, threads)
-        total = np.zeros(block.rows)
+        total = np.zeros((block.rows, *x.shape[1:]))
         for here in column_slices(columns.stop, BLOCK_COLUMNS, columns.start):
-            total += np.matmul(block.stacked(here), x[here]).reshape(-1)
+            total += np.matmul(block.stacked(here), x[here]).reshape(total.shape)
         return total[: len(g)]
 
     return np.sum(_in_threads(threads, g.shape[1], some), axis=0)  # type: ignore[no-any-return]
 
 
 def combine(g: NDArray, c: NDArray, base: NDArray | None, alpha: float) -> NDArray:
-    """alpha·base + Gᵀc, shape (d,), for c (m,) and by products in its dtype."""
-    out = np.empty(g.shape[1], c.dtype)
+    """alpha·base + Gᵀc, shape (d,) or (d, k), for c (m,) or (m, k) and by products in its dtype."""
+    out = np.empty((g.shape[1], *c.shape[1:]), c.dtype)
     work = c.dtype.type
-    threads = _workers(g)
+    threads = _workers(g, c)
 
     def some(columns: slice) -> None:
         block = _Block(g, work, threads)
         for here in column_slices(columns.stop, BLOCK_COLUMNS, columns.start):
             wide = block.widened(here)
             # NumPy's own loop is not split over threads, and for this product nearly as fast.
-            part = c @ wide if threads == 1 else np.einsum("i,ij->j", c, wide)
+            part = wide.T @ c if threads == 1 else np.einsum("i,ij->j", c, wide)
             if base is not None:
                 part += work(alpha) * base[here].astype(work, copy=False)
             out[here] = part
@@ -130,8 +130,11 @@ class _Block:
         return self._stacks[:, :, : columns.stop - columns.start]
 
 
-def _workers(g: NDArray) -> int:
-    return min(blas_threads(), g.shape[1] // BLOCK_COLUMNS) if g.size >= THREADED_ELEMENTS else 1
+def _workers(g: NDArray, x: NDArray) -> int:
+    """Return how many threads to take; one for matrices, with which BLAS has enough to share."""
+    if x.ndim == 2 or g.size < THREADED_ELEMENTS:
+        return 1
+    return int(min(blas_threads(), g.shape[1] // BLOCK_COLUMNS))
 
 
 def _in_threads(workers: int, d: int, act: Callable[[slice], Any]) -> list[Any]:

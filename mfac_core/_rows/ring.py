@@ -121,6 +121,10 @@ class ArrayRing(ArrayRows, Ring):
         """See :class:`Ring`."""
         return self.array[i, :] * 0
 
+    def row(self, i: int, dtype: Any) -> Array:
+        """Return row i as ``dtype``."""
+        return self.xp.astype(self.array[i, :], dtype)
+
     def write(self, i: int, row: Array) -> None:
         """See :class:`Ring`."""
         self.used = max(self.used, i + 1)

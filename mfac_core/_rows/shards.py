@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mfac_core._arrays import is_array_api_obj, is_numpy_array
+from mfac_core._rows.files import opened
 
 
 class RowShards:
@@ -23,8 +23,8 @@ class RowShards:
     ----------
     shards : sequence
         Of shape (mₖ, d) and one dtype each: NumPy arrays and memory maps; anything with ``shape``,
-        ``dtype`` and ``[a:b, c:d]``, such as h5py datasets and zarr arrays; or paths of .npy files,
-        which are mapped into memory.
+        ``dtype`` and ``[a:b, c:d]``, such as h5py datasets and zarr arrays; slices of safetensors
+        files; or paths of .npy files, which are mapped into memory.
 
     Attributes
     ----------
@@ -98,8 +98,7 @@ class RowShards:
 
 
 def _opened(shard: Any, name: str) -> Any:
-    if isinstance(shard, (str, Path)):
-        return np.load(shard, mmap_mode="r")
+    shard = opened(shard, name)
     if is_array_api_obj(shard) and not is_numpy_array(shard):
         msg = (
             f"{name} must be a NumPy array, or read by slices from a file, got "

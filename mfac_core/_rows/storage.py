@@ -19,6 +19,7 @@ from mfac_core._arrays import (
 from mfac_core._ops import rows as ops
 from mfac_core._progress import track
 from mfac_core._rows.base import Columns, Reduce, Rows
+from mfac_core._rows.files import opened
 from mfac_core._rows.given import GivenRows, is_given
 from mfac_core._rows.sliced import PART_BYTES, sliced_rows
 
@@ -139,7 +140,10 @@ def rows_of(gradients: Any, *, reduce: Reduce | None = None, progress: bool = Fa
     """Check gradients, of whatever storage; finiteness is checked where they are first read."""
     if is_given(gradients):
         return GivenRows(gradients, reduce=reduce)
-    if isinstance(gradients, (list, tuple)) and gradients and _are_arrays(gradients):
+    gradients = opened(gradients, "gradients")
+    if isinstance(gradients, (list, tuple)):
+        gradients = [opened(g, f"gradients[{i}]") for i, g in enumerate(gradients)]
+    if isinstance(gradients, list) and gradients and _are_arrays(gradients):
         return SplitRows(_parts_argument(gradients), reduce=reduce, progress=progress)
     sliceable = all(hasattr(gradients, name) for name in ("shape", "dtype", "__getitem__"))
     if is_dask_array(gradients) or (sliceable and not is_array_api_obj(gradients)):

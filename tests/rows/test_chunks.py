@@ -107,6 +107,44 @@ def test_row_shards(g, rng, tmp_path):
         assert relative_error(inverse @ x, dense_inverse(g, damping=0.1) @ x) <= bound
 
 
+def test_npy_files_by_their_paths(g, rng, tmp_path):
+    """One of all, some side by side, and nothing else by a path."""
+    x, expected = rng.standard_normal(47), dense_inverse(g, damping=0.1)
+    for name, part in {"whole": g, "left": g[:, :9], "right": g[:, 9:]}.items():
+        np.save(tmp_path / f"{name}.npy", part)
+    for given in (tmp_path / "whole.npy", str(tmp_path / "whole.npy")):
+        assert relative_error(mfac.ihvp(given, x, damping=0.1), expected @ x) <= 1e-12
+    parts = [tmp_path / "left.npy", tmp_path / "right.npy"]
+    assert relative_error(mfac.InverseFisher(parts, damping=0.1) @ x, expected @ x) <= 1e-12
+    for given in (tmp_path / "g.h5", [tmp_path / "g.h5"]):
+        with pytest.raises(TypeError, match=r"gradients.* path of a \.npy file, got .*g\.h5"):
+            mfac.InverseFisher(given, damping=0.1)
+    with pytest.raises(FileNotFoundError):
+        mfac.InverseFisher(tmp_path / "none.npy", damping=0.1)
+
+
+@pytest.mark.parametrize("framework", ["np", "pt"])
+def test_safetensors(g, rng, tmp_path, framework):
+    """A tensor of a file, and tensors of two one below the other."""
+    safetensors = pytest.importorskip("safetensors", reason="safetensors is optional")
+    from safetensors.numpy import save_file
+
+    save_file({"all": g, "some": g[:4], "whole numbers": g.astype(int)}, tmp_path / "a")
+    save_file({"more": g[4:]}, tmp_path / "b")
+    x, expected = rng.standard_normal(47), dense_inverse(g, damping=0.1)
+    with (
+        safetensors.safe_open(tmp_path / "a", framework) as a,
+        safetensors.safe_open(tmp_path / "b", framework) as b,
+    ):
+        shards = mfac.RowShards([a.get_slice("some"), b.get_slice("more")])
+        for given in (a.get_slice("all"), shards):
+            inverse = mfac.InverseFisher(given, damping=0.1)
+            assert relative_error(inverse @ x, expected @ x) <= 1e-12
+            assert relative_error(inverse.diagonal(), np.diagonal(expected)) <= 1e-12
+        with pytest.raises(TypeError, match="float16, float32 or float64, got I64"):
+            mfac.InverseFisher(a.get_slice("whole numbers"), damping=0.1)
+
+
 @pytest.mark.parametrize(
     ("shards", "error", "message"),
     [

@@ -48,6 +48,7 @@ __all__ = [
     "is_numpy_array",
     "is_torch_array",
     "is_traced",
+    "is_untried",
     "itemsize",
     "promote",
     "send",
@@ -66,6 +67,11 @@ def is_traced(*arrays: Array) -> bool:
 def is_lazy(x: Array) -> bool:
     """Whether an array holds no values yet, or not all of them: Dask, ndonnx, pydata/sparse."""
     return is_dask_array(x) or is_ndonnx_array(x) or is_pydata_sparse_array(x)
+
+
+def is_untried(x: Array) -> bool:
+    """Whether an array is of a library of array-api-compat's that nobody has tried this with."""
+    return array_namespace(x).__name__.partition(".")[0] in ("dpnp", "mparray")
 
 
 def is_floating(x: Array) -> bool:

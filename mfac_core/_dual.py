@@ -263,6 +263,10 @@ class Dual:
             self._sensitivity = math.sqrt(max(float(xp.sum(self._diagonal() * inverse)), 0.0))
         return self._sensitivity
 
+    def largest_sensitivity(self) -> float:
+        """Return √(Σ ‖gᵢ‖² / shift), which :meth:`sensitivity` is no more than; O(m)."""
+        return math.sqrt(float(self.home.xp.sum(self._diagonal())) / self.shift)
+
     def norm(self) -> float:
         """Return shift + ‖GGᵀ‖∞, which is no less than ‖A‖₂; O(m²) after a change."""
         if self._norm is None:

@@ -21,6 +21,7 @@ from mfac_core._arrays import (
     is_lazy,
     is_numpy_array,
     is_torch_array,
+    is_untried,
     itemsize,
     to_numpy,
 )
@@ -49,6 +50,12 @@ def array_argument(x: Any, name: str) -> Array:
             f"{name} must hold its values in memory, got {type(x).__module__}.{type(x).__name__}; "
             "compute it first, or make it dense, as an array of NumPy, PyTorch or JAX (a single "
             "Dask array of gradients is read in slices, beside NumPy vectors)"
+        )
+        raise TypeError(msg)
+    if is_untried(x):
+        msg = (
+            f"{name} must be of a library that this package is tested with, got "
+            f"{type(x).__module__}.{type(x).__name__}; convert it to NumPy, PyTorch, JAX or CuPy"
         )
         raise TypeError(msg)
     if isinstance(x, np.ma.MaskedArray):

@@ -1,5 +1,9 @@
 """What is refused, with which words, and that refusing changes nothing."""
 
+import sys
+import types
+
+import array_api_compat
 import array_api_strict
 import numpy as np
 import pytest
@@ -160,3 +164,47 @@ def test_a_window_of_a_given_library_refuses_others():
 def test_removing_from_an_empty_window():
     with pytest.raises(IndexError, match="it is empty"):
         mfac.SlidingInverseFisher(4, 3, damping=0.1).remove(0)
+
+
+TESTED = {"numpy", "cupy", "torch", "jax", "array_api_strict", "dask"}
+REFUSED = {  # what array-api-compat knows their arrays by, and what is said of them
+    "ndonnx": ("Array", "must hold its values in memory, got ndonnx.Array; compute it first"),
+    "pydata_sparse": ("SparseArray", "must hold its values .* got sparse.SparseArray.* dense"),
+    "dpnp": ("dpnp_array", "tested with, got dpnp.dpnp_array; convert it to NumPy"),
+    "mparray": ("MPArray", "tested with, got mparray.MPArray; convert it to NumPy"),
+}
+
+
+def test_every_library_of_array_api_compat_is_tested_or_refused():
+    names = [name for name in dir(array_api_compat) if name.startswith("is_")]
+    known = {name[3:-10] for name in names if name.endswith("_namespace")}
+    assert known <= TESTED | REFUSED.keys()
+
+
+@pytest.mark.parametrize("library", list(REFUSED))
+def test_a_library_that_is_refused(library, monkeypatch):
+    """Stand-ins with the names that array-api-compat looks for: none is installed."""
+    kind, words = REFUSED[library]
+    module = types.ModuleType(library.removeprefix("pydata_"))
+    members = {
+        "__module__": module.__name__,
+        "__array_namespace__": lambda self, api_version=None: module,
+        "shape": (3, 4),
+        "ndim": 2,
+        "dtype": np.dtype("float64"),
+        "__getitem__": lambda self, key: np.ones((3, 4))[key],
+    }
+    setattr(module, kind, type(kind, (), members))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    array, good = getattr(module, kind)(), mfac.InverseFisher(GOOD, damping=0.1)
+    for act in (
+        lambda: mfac.InverseFisher(array, damping=0.1),
+        lambda: mfac.InverseFisher([array, array], damping=0.1),
+        lambda: mfac.BlockInverseFisher(array, damping=0.1, block_size=2),
+        lambda: mfac.EmpiricalFisher(array, damping=0.1),
+        lambda: mfac.RowShards([array]),
+        lambda: mfac.SlidingInverseFisher(4, 2, damping=0.1).append(array),
+        lambda: good @ array,
+    ):
+        with pytest.raises(TypeError, match="must be a NumPy array|" + words):
+            act()

@@ -233,15 +233,15 @@ class Digits:
         """
         if itemsize(self.rows.like.dtype) == 8:
             return self._loses_float64(x, y)
-        m, ratio = len(self.dual), self.dual.norm() / self.dual.shift
-        combination = rounding.term * math.sqrt(max(m, 4))
+        combination = rounding.term * math.sqrt(max(len(self.dual), 4))
 
         def error(sensitivity: float, whole: Any, terms: Any) -> Any:
             grown = sensitivity * (rounding.projection * whole + rounding.gram * terms)
             return (grown + combination * terms) / LARGEST_PRODUCT_ERROR
 
-        largest = math.sqrt(m * ratio)  # no less than κ; terms are no more than κ‖x‖
-        if error(largest, 1.0, largest) * ratio < 1.0:  # y is no shorter than ‖x‖/(λ·ratio)
+        # Terms are no more than κ‖x‖, and y no shorter than ‖x‖/(λ·ratio).
+        largest, ratio = self.dual.largest_sensitivity(), self.dual.norm() / self.dual.shift
+        if error(largest, 1.0, largest) * ratio < 1.0:
             return False
         whole, terms = np.sqrt(self.rows.square_norms(x)), self.dual.terms(c)
         rest = self.damping * np.sqrt(self.rows.square_norms(y))

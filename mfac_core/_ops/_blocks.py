@@ -10,7 +10,7 @@ GRAM_COLUMNS = 4096
 WIDE_BYTES = 1 << 24
 """Size of the float64 copy of a block of columns."""
 
-SHORTEST_GRAM_COLUMNS = 64
+SHORTEST_GRAM_COLUMNS = 256
 """The same for few columns, which are cut all the same: float64 sums of sums in float32."""
 
 

@@ -18,8 +18,14 @@ PART_BYTES = 1 << 25
 STRETCH_COLUMNS = 1024
 """Columns that are read for one of them, or a chunk's where these are more."""
 
-HELD_BYTES = 2 * PART_BYTES
+LONG_BYTES = 1 << 23
+"""The same of chunks that are longer: a store may hold several copies of what it is asked for."""
+
+HELD_BYTES = 1 << 26
 """Rows that are held while the others pass by them, where a row is longer than a part."""
+
+COMBINED_COLUMNS = 1 << 16
+"""Columns of the sums of such rows that are added up at a time."""
 
 NDArray = np.ndarray[Any, Any]
 
@@ -48,7 +54,8 @@ class Source:
         self.is_long = columns > max(width, 1)
         """Whether a chunk's columns in all rows are more than is read at a time."""
         per_row = self.width * self.dtype.itemsize
-        self.height = max(PART_BYTES // (rows * per_row), 1) * rows
+        bound = LONG_BYTES if self.is_long else PART_BYTES
+        self.height = max(bound // (rows * per_row), 1) * rows
         """Rows that are read at a time, of those columns."""
         self._stretch = max(STRETCH_COLUMNS // columns, 1) * columns
         self._is_chunked = chunks is not None
@@ -70,11 +77,14 @@ class Source:
 
     def columns(self, columns: slice) -> NDArray:
         """Return columns of all rows."""
-        if not self.is_long:
-            return self.read(slice(0, self.m), columns)
-        part = np.empty((self.m, columns.stop - columns.start), self.dtype)
-        for rows in ops.column_slices(self.m, self.height):
-            part[rows] = self.read(rows, columns)
+        rows = slice(0, self.m)
+        return self.block(rows, columns) if self.is_long else self.read(rows, columns)
+
+    def block(self, rows: slice, columns: slice) -> NDArray:
+        """Return rows and columns, few rows of which are read at a time."""
+        part = np.empty((rows.stop - rows.start, columns.stop - columns.start), self.dtype)
+        for some in ops.column_slices(rows.stop, self.height, rows.start):
+            part[some.start - rows.start : some.stop - rows.start] = self.read(some, columns)
         return part
 
     def few_columns(self, columns: slice) -> NDArray:
@@ -172,7 +182,7 @@ class LongRows(SlicedRows):
             row = (panel.stop - panel.start) * itemsize(self.dtype)
             height = max(HELD_BYTES // row // self._source.height, 1) * self._source.height
             for held in ops.column_slices(self.used, height):
-                block = self._source.read(held, panel)
+                block = self._source.block(held, panel)
                 total[held, held] += ops.gram(block, float64=float64, home=self.home)
                 for rows in ops.column_slices(self.used, self._source.height, held.stop):
                     other = self._source.read(rows, panel)
@@ -180,6 +190,7 @@ class LongRows(SlicedRows):
                     total[held, rows] += products
                     total[rows, held] += products.T
                     del other  # before the next is read
+                del block
         return self.summed(total)
 
     def _project(self, x: Any, float64: bool) -> Array:
@@ -191,9 +202,11 @@ class LongRows(SlicedRows):
     def _combine(self, c: Array, base: Any, alpha: float, dtype: Any, float64: bool) -> Columns:
         out = np.zeros((self.shape[1], *c.shape[1:]))
         for rows, columns, block in self._blocks():
-            out[columns] += ops.combine(
-                block, c[rows, ...], None, 1.0, dtype=np.float64, float64=True
-            )
+            for some in ops.column_slices(block.shape[1], COMBINED_COLUMNS):
+                out[columns][some] += ops.combine(
+                    block[:, some], c[rows, ...], None, 1.0, dtype=np.float64, float64=True
+                )
+            del block  # before the next is read
         if base is not None:
             out += alpha * base
         return out if dtype is None else out.astype(dtype)

@@ -23,7 +23,9 @@ def g(rng):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr("mfac_core._rows.sliced.PART_BYTES", SMALL)
+    monkeypatch.setattr("mfac_core._rows.sliced.LONG_BYTES", SMALL)
     monkeypatch.setattr("mfac_core._rows.sliced.HELD_BYTES", 2 * SMALL)
+    monkeypatch.setattr("mfac_core._rows.sliced.COMBINED_COLUMNS", 9)
     monkeypatch.setattr("mfac_core._rows.sliced.STRETCH_COLUMNS", 4)
 
 

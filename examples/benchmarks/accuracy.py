@@ -1,19 +1,21 @@
 """The error of F⁻¹x against the damping, for every way this package and others have to it.
 
-Rows are drawn in float32, d numbers each, of mean squared norm 1, independent or correlated. The
-oracle is the Woodbury identity in 50 digits (mpmath), on the same rows; errors are relative to
-its result. Beside them, the rounding error of float32 times the condition number of F, which no
-method that only sees F can be sure to beat.
+Rows are in float32, d numbers each, of mean squared norm 1: drawn, independent or correlated, and
+with PyTorch the gradients of a small residual network. The oracle is the Woodbury identity in 50
+digits (mpmath), on the same rows; errors are relative to its result. Beside them, the rounding
+error of float32 times the condition number of F, which no method that only sees F can be sure to
+beat.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import mpmath
 import numpy as np
-from measure import NDArray, correlated_rows, relative_error, unit_rows, woodbury
+from measure import NDArray, correlated_rows, network_rows, relative_error, unit_rows, woodbury
 from report import Report, Row, arguments, panels
 
 import mfac_core as mfac
@@ -21,7 +23,18 @@ from mfac_core.testing import StaticRecursion
 
 DIGITS = 50
 
+
+def gradients(rng: np.random.Generator, m: int, d: int) -> NDArray:
+    """Return gradients of a network, of the columns that vary the first d or less."""
+    rows = network_rows(m, 4)
+    rows = rows[:, np.any(rows != 0.0, axis=0)][:, :d].copy()
+    rows *= np.float32(np.sqrt(m) / np.linalg.norm(rows))
+    return rows
+
+
 ROWS = {"independent": unit_rows, "correlated": correlated_rows}
+if importlib.util.find_spec("torch") is not None:
+    ROWS["of a network"] = gradients
 
 
 def oracle(g: NDArray) -> Callable[[NDArray, float], NDArray]:
@@ -116,7 +129,7 @@ def error(
 
 def draw(results: list[Row]) -> Any:
     """Draw a panel for each kind of gradients and of x."""
-    figure, axes = panels(2, 2)
+    figure, axes = panels(len(ROWS), 2)
     kinds = list(dict.fromkeys((row["rows"], row["x"]) for row in results))
     for (kind, what), axis in zip(kinds, axes, strict=True):
         rows = [row for row in results if (row["rows"], row["x"]) == (kind, what)]
@@ -134,7 +147,7 @@ def draw(results: list[Row]) -> Any:
             )
         bound = [2.0**-24 * row["condition"] for row in rows]
         axis.loglog(damping, bound, color="grey", linestyle=":", label="2⁻²⁴ · condition of F")
-        axis.set_title(f"{kind} gradients, x {what}", fontsize="small")
+        axis.set_title(f"gradients: {kind}, x: {what}", fontsize="small")
         axis.set_xlabel("λ / mean ‖g‖²")
         axis.set_ylabel("relative error of F⁻¹x")
         axis.set_ylim(1e-17, 1e3)

@@ -182,12 +182,52 @@ def network_in(
         lambda: (g @ x, c @ g),
         repeats=repeats,
     )
+    several_s, sgemms_s = several(convert, g, inverse, 8, repeats)
     what = f"rows of a network in {library}, m {m}, d {d:,}, λ {damping:g}"
     return [
         [f"{what}: set-up", "a bare float32 Gram", f"{setup_s / gram_s:.1f} × the time"],
         [f"{what}: F⁻¹x", "two bare gemv passes", f"{product_s / floor_s:.1f} × the time"],
         [f"{what}: append_matvec", "those", f"{step_s / floor_s:.1f} × the time"],
+        [f"{what}: 8 vectors", "two bare sgemms", f"{several_s / sgemms_s:.1f} × the time"],
     ]
+
+
+def few_vectors(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[list[str]]:
+    """Time F⁻¹X for a few columns."""
+    g = unit_rows(rng, m, d)
+    inverse = mfac.InverseFisher(g, damping=1e-4)
+    lines = []
+    for k in (2, 8, 32):
+        ours, floor = several(np.asarray, g, inverse, k, repeats)
+        what = f"F⁻¹X, m {m}, d {d:,}, {k} vectors"
+        lines.append([what, "two bare sgemms", f"{ours / floor:.2f} × the time"])
+    return lines
+
+
+def several(
+    convert: Callable[[Any], Any], g: Any, inverse: mfac.InverseFisher, k: int, repeats: int
+) -> list[float]:
+    """Return the seconds of a product with k columns, and of two sgemms of its shapes."""
+    rng = np.random.default_rng(0)
+    m, d = g.shape
+    x, c = (convert(rng.standard_normal((n, k), dtype=np.float32)) for n in (d, m))
+    return medians(lambda: inverse @ x, lambda: (g @ x, g.T @ c), repeats=repeats)
+
+
+def few_parameters(rng: np.random.Generator, m: int, d: int, repeats: int) -> list[list[str]]:
+    """Time a step of a window with more rows than parameters."""
+    g = rng.standard_normal((m, d))
+    window = mfac.SlidingInverseFisher(d, m, damping=1e-3)
+    for row in g:
+        window.append(row)
+    again = itertools.cycle(g)
+    ours, dense = medians(
+        lambda: window.append_matvec(next(again)),
+        lambda: np.linalg.solve(1e-3 * np.eye(d) + g.T @ g / m, next(again)),
+        repeats=repeats,
+    )
+    what = f"append_matvec, m {m}, d {d:,}"
+    return [[what, "forming F and one dense solve", f"{ours / dense:.2f} × the time"]]
 
 
 def pruning_stages(rng: np.random.Generator, m: int, d: int, stages: int) -> list[list[str]]:
@@ -253,8 +293,10 @@ def measured(rng: np.random.Generator, scale: int, repeats: int) -> Iterator[lis
     yield block_setup(rng, 256 // scale, 32_768 // scale // 128 * 128, 128)
     yield damping_choice(rng, 512 // scale, 40_000 // scale, repeats)
     yield product(rng, 256 // scale, 400_000 // scale, repeats)
+    yield few_vectors(rng, 256 // scale, 100_000 // scale, repeats)
     yield window_step(rng, 1024 // scale, 150_000 // scale, 2 * repeats)
     yield window_step(rng, 1024 // scale, 20_000 // scale, 2 * repeats)
+    yield few_parameters(rng, 1024, 50, repeats)
     yield sparse_step(rng, 256 // scale, 1_000_000 // scale, repeats)
     yield network(256 // scale, 72 if scale == 1 else 12, (1e-3, 1e-6), repeats)
     yield pruning_stages(rng, 512 // scale, 20_000 // scale, 16)

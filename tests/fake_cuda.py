@@ -83,6 +83,7 @@ class Runtime:
         self.torch_current = list(self.null)
         self.streams = []
         self.waits = 0
+        self.ratios = [2, 32]  # of float32's rate to float64's: one of a data centre, and another
 
     def stream(self, device):
         self.streams.append(Stream(self, device))
@@ -183,7 +184,11 @@ def fake_cupy(runtime):
             null=runtime.null[0],
         ),
         get_current_stream=runtime.here,
-        runtime=types.SimpleNamespace(getDevice=lambda: runtime.device),
+        runtime=types.SimpleNamespace(
+            getDevice=lambda: runtime.device,
+            cudaDevAttrSingleToDoublePrecisionPerfRatio=87,
+            deviceGetAttribute=lambda which, device: {87: runtime.ratios[device]}[which],
+        ),
     )
     return types.SimpleNamespace(
         RawModule=RawModule,

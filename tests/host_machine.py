@@ -39,6 +39,7 @@ class HostMachine(cuda_machine.Machine):
         self.mode = mode
         self.order = "forward"
         self.seed = 0
+        self.little_float64 = False
         self.launches = Counter()
         self.waits = 0
 
@@ -51,8 +52,13 @@ class HostMachine(cuda_machine.Machine):
     def shared_bytes(self):
         return 99 * 1024  # of sm_86, sm_89 and sm_120
 
+    def has_little_float64(self):
+        return self.little_float64
+
     def module(self, code, given):
-        return _Recording(self, Module(code, given, self.mode))
+        return _Recording(
+            self, Module(code, given, self.mode), " twofold" * ("-DTWOFOLD=1" in given)
+        )
 
     def borrow(self, x):
         if is_cupy_array(x):
@@ -98,14 +104,14 @@ class HostMachine(cuda_machine.Machine):
 class _Recording:
     """A module whose kernels run in the machine's order and are counted."""
 
-    def __init__(self, machine, module):
-        self.machine, self.module = machine, module
+    def __init__(self, machine, module, variant):
+        self.machine, self.module, self.variant = machine, module, variant
 
     def compile(self):
         pass
 
     def get_function(self, name):
-        return _RecordingKernel(self.machine, name, self.module.get_function(name))
+        return _RecordingKernel(self.machine, name + self.variant, self.module.get_function(name))
 
 
 class _RecordingKernel:

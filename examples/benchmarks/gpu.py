@@ -26,7 +26,7 @@ import numpy as np
 
 import mfac_core as mfac
 from mfac_core._arrays import home_of
-from mfac_core._ops import dense, rows, sparse
+from mfac_core._ops import _int8_gram, dense, rows, sparse
 from mfac_core._ops.cuda import blocks as cuda_blocks
 
 Act = Callable[[], object]
@@ -156,12 +156,15 @@ def passes(card: Card, m: int, d: int, dtype: str) -> list[Row]:
         forth["PyTorch, G x"] = lambda: g2 @ x2
         back["PyTorch, Gᵀc"] = lambda: g2.T @ c2
     floor = card.moved(g.nbytes)
-    project = functools.partial(rows.project, g, x, float64=False, home=home)
-    combine = functools.partial(rows.combine, g, c, x, 2.0, dtype=g.dtype, float64=False)
+    project = functools.partial(rows.project, g, x, home=home)
+    combine = functools.partial(rows.combine, g, c, x, 2.0, dtype=g.dtype)
+    # The same where the card has much float64; else the others are sums in two float32.
+    forth["sums in float64"] = lambda: project(float64=True)
+    back["sums in float64"] = lambda: combine(float64=True)
     return [
-        *card.compare(f"project, {what}", project, floor, forth),
+        *card.compare(f"project, {what}", lambda: project(float64=False), floor, forth),
         *card.compare(f"exchange, {what}", lambda: rows.exchange(g, 3, x, home), floor, {}),
-        *card.compare(f"combine, {what}", combine, floor, back),
+        *card.compare(f"combine, {what}", lambda: combine(float64=False), floor, back),
     ]
 
 
@@ -379,6 +382,27 @@ def static_setup(card: Card, m: int, d: int) -> list[Row]:
     return [{**row, "share_of_gemm_rate": row["floor_ms"] / row["ms"]} for row in measured]
 
 
+def grams(card: Card, m: int, d: int) -> list[Row]:
+    """Time the Gram by int8 products against those of float64 and float32; see ``_int8_gram``.
+
+    Its floor is what cuBLAS writes and the sum reads: nine matrices of int32 a block of columns.
+    """
+    g = card.random(m, d, "float32")
+    home = home_of(g)
+    blocks = -(-d // _int8_gram.COLUMNS)
+    return card.compare(
+        f"Gram by int8 products, m {m}, d {d:,}",
+        lambda: _int8_gram.gram(g, home),
+        card.moved(2 * 9 * 4 * m * m * blocks),
+        {
+            f"{name} products": functools.partial(
+                rows.gram, g, float64=name == "float64", home=home
+            )
+            for name in ("float64", "float32")
+        },
+    )
+
+
 def markdown(results: list[Row]) -> str:
     """Return the results as a table."""
     lines = [
@@ -410,6 +434,7 @@ def sections(card: Card, *, quick: bool) -> Iterator[Section]:
         act = functools.partial(elements, card, m, 270_000, count, "float32")
         yield f"elements {count}", act
     yield "sparse", lambda: sparse_passes(card, m, 270_000 if quick else 11_000_000)
+    yield "gram", lambda: grams(card, m, 100_000 if quick else 1_000_000)
     yield "static", lambda: static_setup(card, m, 100_000 if quick else 5_000_000)
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         largest = card.free() * 6 // 10 // (size * m)

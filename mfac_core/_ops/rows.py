@@ -3,7 +3,8 @@
 Products of float32 and 16-bit rows run in float32, block of columns by block of columns, and are
 summed in float64; with ``float64=True`` they run in float64 as a whole. NumPy arrays take the BLAS
 path, which works through one buffer; arrays on a CUDA device within CuPy's reach take the kernels,
-whose products are always float64; all others take the array-API path.
+whose products are always float64, or nearly so on devices that have little of it; all others take
+the array-API path.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mfac_core._arrays import (
     send,
     to_numpy,
 )
-from mfac_core._ops import _blas, _generic, _widened
+from mfac_core._ops import _blas, _generic, _int8_gram, _widened
 from mfac_core._ops._blocks import column_slices as column_slices
 from mfac_core._ops._blocks import wide_columns as wide_columns
 from mfac_core._ops.cuda import passes as cuda_passes
@@ -38,6 +39,8 @@ def gram(g: Array, *, float64: bool, home: Home) -> Array:
     width = wide_columns(g.shape[0])
     if is_numpy_array(g):
         return _blas.gram(g, float64=float64, width=width)
+    if not float64 and _int8_gram.serves(g):
+        return _int8_gram.gram(g, home)[0]
     return _generic.gram(g, float64=float64, width=width, home=home)
 
 
@@ -51,7 +54,7 @@ def project(g: Array, x: Array, *, float64: bool, home: Home) -> Array:
     if is_numpy_array(g):
         return _blas.project(g, x, float64=float64)
     if cuda_passes.serves_product(g, x):
-        return cuda_passes.project(g, x, home)
+        return cuda_passes.project(g, x, home, float64=float64)
     if _widened.serves(g, x, float64=float64):
         work = np.float64 if float64 else np.float32
         return home.receive(_widened.project(_widened.bits(g), to_numpy(x), work))
@@ -68,7 +71,7 @@ def combine(
     if is_numpy_array(g):
         return _blas.combine(g, c, base, alpha, dtype=dtype, float64=float64)
     if cuda_passes.serves_combination(g, c, base) and (dtype is not None or has_float64(g)):
-        return cuda_passes.combine(g, c, base, alpha, dtype=dtype)
+        return cuda_passes.combine(g, c, base, alpha, dtype=dtype, float64=float64)
     if _widened.serves(g, c, float64=float64):
         weights = to_numpy(c).astype(np.float64 if float64 else np.float32, copy=False)
         added = None if base is None else to_numpy(base)
@@ -116,7 +119,7 @@ def square_norms(x: Array) -> np.ndarray[Any, Any]:
     """
     if x.ndim == 1 and not is_numpy_array(x) and cuda_passes.serves(x[None, :]):
         there = Home(array_namespace(x), device(x))
-        return to_numpy(cuda_passes.project(x[None, :], x, there)[0])
+        return to_numpy(cuda_passes.project(x[None, :], x, there, float64=True)[0])
     home = home_of(x)
     total = home.zeros(x.shape[1:])
     with np.errstate(over="ignore", invalid="ignore"):

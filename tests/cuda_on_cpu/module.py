@@ -77,11 +77,13 @@ class Kernel:
     """A kernel; ``kernel(grid, block, arguments)`` launches it and waits.
 
     Unlike CuPy it checks the types of its arguments, and that arrays are contiguous. Set ``order``
-    to the order in which threads and blocks run.
+    to the order in which threads and blocks run, and ``seconds`` to what a launch may take of a
+    processor: one that takes more is taken for one that does not end.
     """
 
     order = "forward"
     seed = 0
+    seconds = 60.0
     blocks = ()  # those of the grid that run, by their three numbers each; all where there are none
     max_dynamic_shared_size_bytes = 48 * 1024  # as on a GPU: more must be asked for
 
@@ -162,6 +164,7 @@ class Kernel:
             len(self.blocks),
             ctypes.c_void_p(self.module.begin),
             ctypes.c_void_p(self.module.end),
+            ctypes.c_double(self.seconds),
             report,
             LARGEST_REPORT,
         )

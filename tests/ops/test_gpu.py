@@ -14,7 +14,7 @@ from host_machine import DeviceHome, HostMachine
 
 import mfac_core as mfac
 from mfac_core._arrays import home_of
-from mfac_core._ops import dense, rows
+from mfac_core._ops import _int8_gram, dense, rows, sparse
 from mfac_core._ops.cuda import blocks as cuda_blocks
 from mfac_core._ops.cuda import machine as cuda_machine
 from mfac_core.testing import assert_operator_close, dense_inverse, error_bound
@@ -221,14 +221,134 @@ def test_more_than_two_to_the_31_elements(cupy, rng):
     assert relative_error(products.get(), squares) <= 1e-12
 
 
-def test_under_compute_sanitizer(cupy):
+def test_exchange_with_more_than_two_to_the_31_elements(cupy, rng):
+    """The last row of a half-precision window of 2³² elements is replaced."""
+    m, d = 4, 2**30 + 24
+    if cupy.cuda.runtime.memGetInfo()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of device memory")
+    g, row = cupy.zeros((m, d), "float16"), cupy.zeros(d, "float16")
+    places = np.array([0, d // 2, d - 1])
+    values = rng.standard_normal((m, 3)).astype("float16")
+    g[:, places], row[places] = cupy.asarray(values), cupy.asarray(values[0])
+    products, norm2 = rows.exchange(g, m - 1, row, home_of(g))
+    values[m - 1] = values[0]
+    exact = values.astype("float64")
+    assert (g[:, places].get() == values).all()
+    assert int(cupy.count_nonzero(g)) == np.count_nonzero(values)
+    assert relative_error(products.get(), exact @ exact[0]) <= 1e-12
+    assert relative_error(norm2.get(), exact[:1] @ exact[0]) <= 1e-12
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse_products_are_those_of_the_host_executor(cupy, monkeypatch, rng, dtype, columns):
+    """Rows in slices that do not divide them, and a short last block."""
+    m, blocks, width, k, d = 130, 3, 1000, 11, 2900
+    indices = np.sort(np.argsort(rng.random((blocks, m, width)))[..., :k], axis=2).astype("int16")
+    values, _ = stored(cupy, rng, indices.shape, dtype)
+    values[indices + width * np.arange(blocks)[:, None, None] >= d] = 0
+    on_device = cupy.asarray(values)
+    x = rng.standard_normal((d, columns) if columns > 1 else d)
+    c = rng.standard_normal((m, columns) if columns > 1 else m)
+
+    def products(lend, values, home):
+        entries = sparse.Entries(lend(indices), values, m, d, width)
+        y = sparse.project(entries, lend(x), float64=True, home=home)
+        z = sparse.combine(entries, lend(c), lend(x), 0.5, dtype=None, float64=True)
+        return y, z
+
+    results = products(cupy.asarray, on_device, home_of(on_device))
+    monkeypatch.setattr(cuda_machine, "current", HostMachine("fast"))
+    expected = products(host_array, host_array(values), DeviceHome())
+    for result, other in zip(results, expected, strict=True):
+        assert relative_error(numpy64(result), host_view(other)) <= 1e-12
+
+
+@pytest.mark.parametrize("columns", [None, 1, 4])
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float64"])
+def test_sums_in_two_float32(cupy, monkeypatch, rng, dtype, columns):
+    """As they are on cards with little float64, whatever this one has; and out of their range."""
+    monkeypatch.setattr(cuda_machine.Machine, "has_little_float64", lambda self: True)
+    for scale in (1.0, 2.0**-40):
+        values, _ = stored(cupy, rng, (37, 5000), dtype)
+        values[:8] *= scale
+        g, values = cupy.asarray(values), values.astype("float64")
+        x = values[5] if columns is None else values[:columns].T
+        x = cupy.asarray(x.astype("float32"))
+        c = rng.standard_normal(37 if columns is None else (37, columns)) * scale
+        product = rows.project(g, x, float64=False, home=home_of(g))
+        y = rows.combine(g, cupy.asarray(c), None, 1.0, dtype=None, float64=False)
+        for result, a, b in ((product, values, numpy64(x)), (y, values.T, c)):
+            bound = (a.shape[1] + 8) * 2.0**-45 * (abs(a) @ abs(b))
+            assert (abs(numpy64(result) - a @ b) <= bound).all()
+
+
+@pytest.mark.parametrize("m", [3, 64, 130])
+def test_the_gram_by_int8_products(cupy, rng, m):
+    g = (rng.standard_normal((m, 3000)) ** 5).astype("float32")
+    gram, e = _int8_gram.gram(cupy.asarray(g), home_of(cupy.asarray(g)))
+    expected, bound = _int8_gram.gram(g, home_of(g))
+    assert (gram.get() == expected).all()
+    assert relative_error(e.get(), bound) <= 1e-14
+
+
+def test_a_step_is_refused_while_a_graph_is_captured(cupy, rng):
+    """By name, with the window as it was, and the capture can be ended."""
+    values, g = stored(cupy, rng, (5, 100), "float32")
+    window = mfac.SlidingInverseFisher(100, 4, damping=0.1)
+    for row in g:
+        window.append_matvec(row)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"):
+                window.append_matvec(g[0])
+        finally:
+            stream.end_capture()
+    assert (window.gradients.get() == values[1:]).all()
+    y = window.append_matvec(g[0])
+    held = np.concatenate([values[2:], values[:1]]).astype("float64")
+    expected = dense_inverse(held, damping=0.1) @ held[-1]
+    assert relative_error(y, expected) <= error_bound(held, damping=0.1)
+
+
+def test_two_devices(cupy, rng):
+    """A window on each of two devices, in turn; the current device stays what it was."""
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    windows, values = [], rng.standard_normal((6, 500)).astype("float32")
+    for device in range(2):
+        with cupy.cuda.Device(device):
+            windows.append((mfac.SlidingInverseFisher(500, 4, damping=0.1), cupy.asarray(values)))
+    expected = dense_inverse(values[2:], damping=0.1) @ values[5]
+    for i in range(6):
+        results = [window.append_matvec(g[i]) for window, g in windows]
+    for device, y in enumerate(results):
+        assert y.device.id == device
+        assert relative_error(y, expected) <= error_bound(values[2:], damping=0.1)
+    assert cupy.cuda.runtime.getDevice() == 0
+
+
+SANITIZED = {
+    "memcheck": "products_are or blocks or elements or two_float32",
+    "racecheck": "products_are or blocks or two_float32",
+    "initcheck": "products_are",
+}
+
+
+@pytest.mark.parametrize("tool", SANITIZED)
+def test_under_compute_sanitizer(cupy, tool):
+    """With each array an allocation of its own, so that what is read beside it shows."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     this = Path(__file__)
-    chosen = f"{this}::test_products_are_those_of_the_host_executor"
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
-        command += [sys.executable, "-m", "pytest", "-m", "gpu", "-q", chosen]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=this.parents[2])
-        assert run.returncode == 0, run.stdout[-3000:]
+    # Of the dtypes one: what is in brackets is the parameters.
+    chosen = f"({SANITIZED[tool]}) and float32 and not float16 or replacement"
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(this), "-k", chosen]
+    environment = {**os.environ, "CUPY_TEST_NO_POOL": "1"}
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=this.parents[2], env=environment
+    )
+    assert run.returncode == 0, run.stdout[-3000:]

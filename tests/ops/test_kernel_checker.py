@@ -135,6 +135,21 @@ def test_a_report_names_the_line():
         Module(code, mode="check").get_function("k")((1,), (1,), (np.zeros(4, "float32"),))
 
 
+@pytest.mark.parametrize("mode", ["fast", "check"])
+@pytest.mark.parametrize("body", ["", "__syncthreads();", "__shfl_sync(~0u, x[t], 3);"])
+def test_a_launch_that_does_not_end_is_ended(mode, body):
+    """Threads alone, and such that wait for each other; the next launch is as any other."""
+    code = f"""extern "C" __global__ void k(const float* x, volatile float* y) {{
+        int t = threadIdx.x; while (x[0] == 1.0f) {{ y[t] = 1.0f; {body} }} y[t] = 2.0f; }}"""
+    kernel = Module(code, mode=mode).get_function("k")
+    kernel.seconds = 0.05
+    y = np.zeros(64, "float32")
+    with pytest.raises(KernelError, match="RUNAWAY"):
+        kernel((1,), (64,), (np.ones(64, "float32"), y))
+    kernel((1,), (64,), (np.zeros(64, "float32"), y))
+    assert (y == 2.0).all()
+
+
 def test_shuffles_blocks_and_indices():
     sum_of_warp = "float v = x[t]; for (int o = 16; o; o /= 2) v += __shfl_down_sync(~0u, v, o);"
     y = run(f"{sum_of_warp} if (t % 32 == 0) y[t / 32] = v;")

@@ -37,6 +37,16 @@ def products(machine, rng):
     g[8] = x[:, 0]
     yield host_view(y), g @ x[:, 0]
     yield host_view(ring), g
+    # In two float32; the first group of rows is out of their range and summed once more.
+    g, x = g.astype("float32"), x.astype("float32")
+    tiny = 2.0**-90
+    g[2] *= tiny
+    machine.little_float64 = True
+    y = rows.project(host_array(g), host_array(x), float64=False, home=DeviceHome())
+    machine.little_float64 = False
+    expected = g.astype("float64") @ x
+    for part, unit in ((2, tiny), ([0, 1, 3], 1.0), (slice(4, None), 1.0)):
+        yield host_view(y)[part] / unit, expected[part] / unit
 
 
 def combinations(machine, rng):
@@ -50,6 +60,21 @@ def combinations(machine, rng):
                 host_array(g), host_array(c), host_array(base), 0.5, dtype=None, float64=True
             )
         yield host_view(y), 0.5 * base + g.T @ c
+        # In two float32; the first columns are out of their range and summed once more.
+        narrow = g.astype("float32")
+        tiny = 2.0**-90
+        narrow[:, 0] *= tiny
+        narrow_base = base * (np.arange(6) > 0)[:, None]
+        machine.little_float64 = True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_passes, "COMBINE_THREADS", threads)
+            y = rows.combine(
+                *map(host_array, (narrow, c, narrow_base)), 0.5, dtype=None, float64=False
+            )
+        machine.little_float64 = False
+        expected = 0.5 * narrow_base + narrow.astype("float64").T @ c
+        for part, unit in ((0, tiny), (slice(1, None), 1.0)):
+            yield host_view(y)[part] / unit, expected[part] / unit
 
 
 def sums(machine, rng):

@@ -23,6 +23,9 @@ def launch(source, file, name, macros, grid, block, blocks, *arguments, shared_m
     module = Module(source(file), (*cuda_machine.options(macros), "-fwrapv"), "fast")
     kernel = module.get_function(name)
     kernel.blocks = blocks
+    kernel.seconds = (
+        1.0  # A few thousandths will do, but where a loop starts 2³² columns too early.
+    )
     kernel.max_dynamic_shared_size_bytes = shared_mem
     kernel(grid, block, arguments, shared_mem=shared_mem)
 
@@ -30,36 +33,43 @@ def launch(source, file, name, macros, grid, block, blocks, *arguments, shared_m
 def project(source):
     """The last chunk of the last row; with a row exchanged there; and many rows and chunks."""
     m, d, chunk = 2, FAR, 2**21
-    macros = {"G_T": "__half", "X_T": "__half", "COLUMNS": 1, "WIDTH": 4}
     parts = -(-d // chunk)
-    for exchanged in (False, True):
-        g, x = untouched((m, d), "float16"), untouched(d, "float16")
-        x[-4:] = [1, 2, 3, 4]
-        g[1, -4:] = [5, 6, 7, 8]
-        g[0, -1] = 2
+    # Sums in two float32, and such that leave their range: they are summed once more.
+    for macros, storage, unit in (
+        ({"G_T": "__half"}, "float16", 1.0),
+        ({"G_T": "__half", "EXCHANGE": 1}, "float16", 1.0),
+        ({"G_T": "float", "TWOFOLD": 1}, "float32", 1.0),
+        ({"G_T": "float", "TWOFOLD": 1}, "float32", 2.0**70),
+    ):
+        exchanged = "EXCHANGE" in macros
+        g, x = untouched((m, d), storage), untouched(d, storage)
+        x[-4:] = unit * np.array([1, 2, 3, 4])
+        g[1, -4:] = unit * np.array([5, 6, 7, 8])
+        g[0, -1] = unit * 2
         partial = np.zeros((parts, m))
+        sizes = (np.int32(m), np.int64(d), np.int64(chunk), np.int32(1 if exchanged else -1))
+        macros = {"X_T": macros["G_T"], "COLUMNS": 1, "WIDTH": 4, **macros}
         launch(
-            source, "project.cu", "project", macros | ({"EXCHANGE": 1} if exchanged else {}),
-            (1, parts), (256,), [(0, parts - 1, 0)], g, x, partial, np.int32(m), np.int64(d),
-            np.int64(chunk), np.int32(1 if exchanged else -1), np.ones(1),
+            source, "project.cu", "project", macros, (1, parts), (256,), [(0, parts - 1, 0)], g, x,
+            partial, *sizes, np.ones(1),
         )  # fmt: skip
-        yield partial[-1], [8, 30 if exchanged else 70]
-        yield g[1, -4:], [1, 2, 3, 4] if exchanged else [5, 6, 7, 8]
-    # A row refused: it is the old one of the slot that is multiplied.
-    x[-4:] = 9
-    launch(
-        source, "project.cu", "project", macros | {"EXCHANGE": 1}, (1, parts), (256,),
-        [(0, parts - 1, 0)], g, x, partial, np.int32(m), np.int64(d), np.int64(chunk), np.int32(1),
-        np.full(1, np.nan),
-    )  # fmt: skip
-    yield partial[-1], [8, 30]
+        yield partial[-1] / unit**2, [8, 30 if exchanged else 70]
+        yield g[1, -4:] / unit, [1, 2, 3, 4] if exchanged else [5, 6, 7, 8]
+        if exchanged:  # A row refused: it is the old one of the slot that is multiplied.
+            x[-4:] = 9
+            launch(
+                source, "project.cu", "project", macros, (1, parts), (256,), [(0, parts - 1, 0)], g,
+                x, partial, *sizes, np.full(1, np.nan),
+            )  # fmt: skip
+            yield partial[-1], [8, 30]
     m, d = 2**21 + 9, 1026
     g, x, partial = untouched((m, d), "float16"), np.ones((d, 2)), untouched((d, m, 2), "float64")
     g[-1, -1], x[-1, 1] = 3, 7
     launch(
-        source, "project.cu", "project", macros | {"X_T": "double", "COLUMNS": 2, "WIDTH": 1},
-        (-(-m // 4), d), (256,), [(-(-m // 4) - 1, d - 1, 0)], g, x, partial, np.int32(m),
-        np.int64(d), np.int64(1), np.int32(-1), partial.ravel()[:1],
+        source, "project.cu", "project",
+        {"G_T": "__half", "X_T": "double", "COLUMNS": 2, "WIDTH": 1}, (-(-m // 4), d), (256,),
+        [(-(-m // 4) - 1, d - 1, 0)], g, x, partial, np.int32(m), np.int64(d), np.int64(1),
+        np.int32(-1), partial.ravel()[:1],
     )  # fmt: skip
     yield partial[-1, -1], [3, 21]
 
@@ -78,23 +88,25 @@ def combine(source):
         np.int32(3),
     )  # fmt: skip
     yield out[-4:], [211, 222, 213, 224]
-    parts = untouched((3, d, 2), "float64")
-    macros |= {"OUT_T": "double", "COLUMNS": 2, "WIDTH": 1, "X_T": "double"}
+    c = np.array([[1.0, 2], [3, 4], [5, 6]])
     last = (-(-d // 128) - 1, 2, 0)
-    launch(
-        source, "combine.cu", "combine", macros, (last[0] + 1, 3), (128,), [last], g,
-        np.array([[1.0, 2], [3, 4], [5, 6]]), parts[0], np.float64(0.0), parts, np.int32(m),
-        np.int64(d), np.int32(1),
-    )  # fmt: skip
-    yield parts[2, -1], [10, 12]
-    whole, base = untouched((d, 2), "float64"), untouched((d, 2), "float64")
-    base[-1] = [4, 5]
-    launch(
-        source, "combine.cu", "combine", macros, (last[0] + 1, 1), (128,), [(last[0], 0, 0)], g,
-        np.array([[1.0, 2], [3, 4], [5, 6]]), base, np.float64(1.0), whole, np.int32(m),
-        np.int64(d), np.int32(3),
-    )  # fmt: skip
-    yield whole[-1], [4 + 4 + 3 + 10, 5 + 8 + 4 + 12]
+    # Sums in two float32, and weights out of their range: they are summed once more.
+    for twofold, unit in (({}, 1.0), ({"TWOFOLD": 1}, 1.0), ({"TWOFOLD": 1}, 2.0**200)):
+        macros = {"G_T": "__half", "OUT_T": "double", "COLUMNS": 2, "WIDTH": 1, "X_T": "double"}
+        parts = untouched((3, d, 2), "float64")
+        launch(
+            source, "combine.cu", "combine", macros | twofold, (last[0] + 1, 3), (128,), [last], g,
+            unit * c, parts[0], np.float64(0.0), parts, np.int32(m), np.int64(d), np.int32(1),
+        )  # fmt: skip
+        yield parts[2, -1] / unit, [10, 12]
+        whole, base = untouched((d, 2), "float64"), untouched((d, 2), "float64")
+        base[-1] = [4 * unit, 5 * unit]
+        launch(
+            source, "combine.cu", "combine", macros | twofold, (last[0] + 1, 1), (128,),
+            [(last[0], 0, 0)], g, unit * c, base, np.float64(1.0), whole, np.int32(m), np.int64(d),
+            np.int32(3),
+        )  # fmt: skip
+        yield whole[-1] / unit, [4 + 4 + 3 + 10, 5 + 8 + 4 + 12]
 
 
 def sums(source):
@@ -303,8 +315,10 @@ WIDE = "what it is multiplied by has 64 bits"
 ROWS = "rows times columns stay below 2³¹: more are left to the generic path"
 BLOCKS = "of 2³¹ columns in blocks the inverses alone fit no device"
 EQUIVALENT = {
-    "staged[i] = c[(int)tile * COLUMNS + i];": ROWS,
-    "staged[i] = c[(i64)((int)(tile * COLUMNS)) + i];": ROWS,
+    "staged[i] = staging(c[(int)tile * COLUMNS + i]);": ROWS,
+    "staged[i] = staging(c[(i64)((int)(tile * COLUMNS)) + i]);": ROWS,
+    "sums[j] += g[j / COLUMNS] * c[(int)i * COLUMNS + j % COLUMNS];": ROWS,
+    "load<WIDTH, (WIDTH > 1)>(G + (int)i * d + k, g);": WIDE,
     "load<WIDTH, (WIDTH > 1)>(G + (int)(tile + i) * d + k, g);": WIDE,
     "double* inverse = inverses + (i64)((int)(blockIdx.x * stride)) * stride;": BLOCKS,
     "const double* inverse = inverses + (i64)((int)(blockIdx.x * stride)) * stride;": BLOCKS,

@@ -9,7 +9,7 @@ import inspect
 
 import numpy as np
 import pytest
-from cuda_on_cpu import KernelError, host_array, host_view
+from cuda_on_cpu import BuildError, KernelError, host_array, host_view
 from host_machine import DeviceHome, HostMachine
 
 from mfac_core._ops import dense, rows, sparse
@@ -43,6 +43,31 @@ def passes(rng):
     yield y, g.T @ c
     y = rows.combine(host_array(g), host_array(c), host_array(g[0]), 3.0, dtype=None, float64=True)
     yield y, g.T @ c + 3.0 * g[0]
+
+
+def in_two_float32(rng):
+    """Where float64 is scarce and neither asked for nor held; one column past a chunk."""
+    machine = cuda_machine.current
+    try:
+        for machine.little_float64, dtype, other, float64, expected in (
+            (False, "float32", "float32", False, [0, 0]),
+            (True, "float32", "float32", False, [1, 1]),
+            (True, "float32", "float32", True, [0, 0]),
+            (True, "float32", "float64", False, [0, 1]),
+            (True, "float64", "float64", False, [0, 0]),
+        ):
+            machine.launches.clear()
+            g = rng.standard_normal((9, 8193)).astype(dtype)
+            x, c = rng.standard_normal(8193).astype(other), rng.standard_normal(9)
+            product = rows.project(host_array(g), host_array(x), float64=float64, home=DeviceHome())
+            yield product, g.astype("float64") @ x
+            y = rows.combine(host_array(g), host_array(c), None, 1.0, dtype=None, float64=float64)
+            yield y, g.T.astype("float64") @ c
+            rows.exchange(host_array(g), 3, host_array(g[0]), DeviceHome())  # always float64
+            names = ("project twofold", "combine twofold")
+            yield np.array([machine.launches[name] for name in names]), np.array(expected)
+    finally:
+        machine.little_float64 = False
 
 
 def addresses(rng):
@@ -178,6 +203,7 @@ EXERCISES = {
     function.__name__: function
     for function in (
         passes,
+        in_two_float32,
         addresses,
         exchanges,
         duals,
@@ -194,7 +220,7 @@ def notices(exercise):
             error = abs(host_view(result).astype("float64") - expected).max()
             if not error <= 1e-8 * (1 + abs(expected).max()):
                 return f"off by {error:.1e}"
-    except (KernelError, TypeError, ValueError) as error:
+    except (BuildError, KernelError, TypeError, ValueError) as error:
         return str(error)
     return None
 
@@ -228,6 +254,17 @@ HOST_MUTANTS = [
     (cuda_passes, "    while d % width:\n        width //= 2\n", ""),
     (cuda_passes, "alpha if whole else 0.0", "alpha"),
     (cuda_passes, "partial if norm2 is None else norm2", "partial"),
+    (cuda_passes, "twofold = itemsize(x.dtype) <= 4 and _twofold", "twofold = _twofold"),
+    (cuda_passes, "return not float64 and itemsize(g", "return itemsize(g"),
+    (cuda_passes, "return not float64 and itemsize(g.dtype) <= 4 and", "return not float64 and"),
+    (cuda_passes, " and cuda_machine.current.has_little_float64()", ""),
+    (cuda_passes, "        if _twofold(g, float64):\n", "        if False:\n"),
+    (cuda_passes, "_project(g, row, i, norm2)", "_project(g, row, i, norm2, twofold=True)"),
+    (
+        cuda_passes,
+        "_project(row[None, :], row, None, None)",
+        "_project(row[None, :], row, None, None, twofold=True)",
+    ),
     (cuda_queries, "(-(-len(columns) // 32),", "(-(-(len(columns) - 1) // 32),"),
     (cuda_queries, "(-(-count // 32),),", "(-(-(count - 1) // 32),),"),
     (cuda_queries, "(-(-width // 32),),", "(-(-(width - 1) // 32),),"),

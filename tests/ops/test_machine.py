@@ -269,6 +269,21 @@ def what_no_graph_captures(b):
     assert (plain(g)[1] == 0).all()
 
 
+def sums_that_the_device_is_good_at(b):
+    """In float64 on the first device, in two float32 on the second, which has little float64."""
+    g = np.random.default_rng(6).standard_normal((3, 16)).astype("float32")
+    for device in (1, 0, 1):
+        there = on_device(g, device)
+        product = rows.project(there, there[0], float64=False, home=DeviceHome())
+        y = rows.combine(there, on_device(np.ones(3), device), None, 1.0, dtype=None, float64=False)
+        b.runtime.null[device].synchronize()
+        exact = g.astype("float64")
+        assert_near(product, exact @ exact[0])
+        assert_near(y, exact.sum(axis=0))
+        with b.machine.at(there):
+            assert b.machine.has_little_float64() == (device == 1)
+
+
 def what_is_held(b):
     assert not b.machine.holds(torch.ones(3))
     assert not b.machine.holds(np.ones(3))
@@ -291,6 +306,7 @@ EXERCISES = {
         per_thread_default_streams,
         borrowed_from_jax,
         what_no_graph_captures,
+        sums_that_the_device_is_good_at,
         what_is_held,
     )
 }
@@ -378,6 +394,10 @@ MUTANTS = {
     "JAX on ROCm": ('and "cuda" in first.client.platform_version', ""),
     "JAX on several devices": ("cuda and not others", "cuda"),
     "PyTorch on ROCm": (' and sys.modules["torch"].version.hip is None', ""),
+    "float64 wherever it is": (">= LITTLE_FLOAT64", "< 0"),
+    "two float32 wherever": (">= LITTLE_FLOAT64", ">= 0"),
+    "the other way round": (">= LITTLE_FLOAT64", "< LITTLE_FLOAT64"),
+    "as the first device is": ("(ratio, runtime.getDevice())", "(ratio, 0)"),
     "captured": ("if self._cupy().cuda.get_current_stream().is_capturing():", "if False:"),
     "a copy captured": (
         "            self.refuse_capture()\n            there",

@@ -7,8 +7,11 @@ import pytest
 
 from mfac_core._ops.cuda import machine as cuda_machine
 
-ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121"]
 WIDEST = {"float": 4, "double": 2, "__half": 4, "__nv_bfloat16": 4}
+LITTLE_FLOAT64 = {"sm_75", "sm_86", "sm_89", "sm_120", "sm_121"}
+"""Where sums in two float32 are launched."""
+
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -21,11 +24,15 @@ def product_macros(storage):
 
 
 def variants():
-    """Every source with its macros, its kernels, and the threads of a block."""
+    """Every source with its macros, and the threads of a block."""
     for storage in WIDEST:
         for macros in product_macros(storage):
             yield "project.cu", macros, 256
             yield "combine.cu", {**macros, "OUT_T": macros["X_T"]}, 128
+            if storage != "double" and (macros["X_T"] == storage or macros["WIDTH"] == 1):
+                twofold = {**macros, "X_T": storage, "OUT_T": storage, "TWOFOLD": 1}
+                yield "project.cu", twofold, 256
+                yield "combine.cu", twofold, 128
         exchange = {"G_T": storage, "X_T": storage, "COLUMNS": 1, "WIDTH": WIDEST[storage]}
         yield "project.cu", {**exchange, "EXCHANGE": 1}, 256
         for x in {storage, "double"}:
@@ -42,6 +49,8 @@ def variants():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_within_a_devices_means(architecture):
     for file, macros, threads in variants():
+        if "TWOFOLD" in macros and architecture not in LITTLE_FLOAT64:
+            continue
         used = nvrtc.compile(cuda_machine.source(file), architecture, cuda_machine.options(macros))
         assert used, f"{file} has no kernel"
         for name, usage in used.items():

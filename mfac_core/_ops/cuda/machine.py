@@ -37,6 +37,10 @@ ALWAYS_SHARED = 48 * 1024
 """Bytes of shared memory a block of threads has on every device; more must be asked for."""
 
 
+LITTLE_FLOAT64 = 16
+"""Ratio of the two rates from which on sums in two float32 take less time than the memory does."""
+
+
 def dtype_name(dtype: Any) -> str:
     """Return a dtype's name without its library: ``torch.float32`` is ``float32``."""
     return str(dtype).rsplit(".", 1)[-1]
@@ -103,6 +107,15 @@ class Machine:
         """Return the most shared memory a block of threads can ask for."""
         attributes = self._cupy().cuda.Device().attributes
         return int(attributes["MaxSharedMemoryPerBlockOptin"])
+
+    def has_little_float64(self) -> bool:
+        """Whether the current device multiplies float64 many times more slowly than float32.
+
+        NVIDIA's cards for data centres do half as many, all others a 32nd or less.
+        """
+        runtime = self._cupy().cuda.runtime
+        ratio = runtime.cudaDevAttrSingleToDoublePrecisionPerfRatio
+        return bool(runtime.deviceGetAttribute(ratio, runtime.getDevice()) >= LITTLE_FLOAT64)
 
     def module(self, code: str, given: tuple[str, ...]) -> Any:
         """Compile a source for the current device; CuPy keeps the result on disk."""

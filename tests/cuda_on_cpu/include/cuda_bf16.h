@@ -19,7 +19,7 @@ CPU_UNCHECKED inline __nv_bfloat16 __double2bfloat16(double v) {
     const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
     if (v != v) return {(unsigned short)((bits >> 16) | 0x40)};
     if (finite && (double)cut != v) {
-        if ((std::fabs((double)cut) > std::fabs(v))) bits -= 1;  // towards zero, then odd
+        if ((fabs((double)cut) > fabs(v))) bits -= 1;  // towards zero, then odd
         bits |= 1;
     }
     if (finite) bits += 0x7fffu + ((bits >> 16) & 1u);

@@ -1,5 +1,8 @@
 // Runs a launch: blocks one after another, the threads of a block in turn until all have returned.
 #include <signal.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "waiting.h"
 
@@ -13,15 +16,17 @@ char* dynamic_shared;
 extern "C" void* cpu_dynamic_shared() { return dynamic_shared; }
 
 // ---- traps of -fsanitize=undefined and faults of a kernel become errors of its launch -------------
-const int SIGNALS[] = {SIGILL, SIGSEGV, SIGBUS, SIGFPE};
-struct sigaction handlers_before[4];
-volatile bool in_kernel;
+// So does a kernel that does not end: a timer asks for SIGVTALRM.
+const int SIGNALS[] = {SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+constexpr int SIGNAL_COUNT = sizeof SIGNALS / sizeof *SIGNALS;
+struct sigaction handlers_before[SIGNAL_COUNT];
 
 void set_handlers(bool ours);
 
 void on_signal(int number, siginfo_t* info, void* context) {
-    if (!in_kernel) {  // not ours: let it happen again, to whoever had the handler
-        set_handlers(false);
+    if (!in_kernel) {
+        // Not ours: let it happen again, to whoever had the handler. The timer comes again anyway.
+        if (number != SIGVTALRM) set_handlers(false);
         return;
     }
     in_kernel = false;
@@ -30,9 +35,10 @@ void on_signal(int number, siginfo_t* info, void* context) {
     pc = (void*)(((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP] + 1);
 #endif
     error("%s; pc=%p " WHERE,
-          number == SIGILL   ? "UNDEFINED BEHAVIOUR: overflow, misalignment, index, cast or shift"
-          : number == SIGFPE ? "UNDEFINED BEHAVIOUR: integer division by zero"
-                             : "MEMORY FAULT",
+          number == SIGILL      ? "UNDEFINED BEHAVIOUR: overflow, misalignment, index, cast or shift"
+          : number == SIGFPE    ? "UNDEFINED BEHAVIOUR: integer division by zero"
+          : number == SIGVTALRM ? "RUNAWAY: the launch does not end"
+                                : "MEMORY FAULT",
           pc, WHERE_ARGUMENTS);
     die();  // leaves the handler by switching stacks, which SA_NODEFER allows
 }
@@ -41,10 +47,29 @@ void set_handlers(bool ours) {
     struct sigaction action = {};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < SIGNAL_COUNT; ++i)
         if (ours) sigaction(SIGNALS[i], &action, &handlers_before[i]);
         else sigaction(SIGNALS[i], &handlers_before[i], nullptr);
 }
+
+// Sends SIGVTALRM to this thread once it has had so much of a processor, and a hundred times a
+// second from then on, until it finds a kernel running. On a busy machine it comes no sooner.
+struct Timer {
+    timer_t timer;
+    explicit Timer(double seconds) {
+        struct sigevent event = {};
+        event.sigev_notify = SIGEV_THREAD_ID;
+        event.sigev_signo = SIGVTALRM;
+        event._sigev_un._tid = (int)syscall(SYS_gettid);
+        struct itimerspec when = {};
+        when.it_value.tv_sec = (time_t)seconds;
+        when.it_value.tv_nsec = (long)((seconds - (double)when.it_value.tv_sec) * 1e9) + 1;
+        when.it_interval.tv_nsec = 10'000'000;
+        timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer);
+        timer_settime(timer, 0, &when, nullptr);
+    }
+    ~Timer() { timer_delete(timer); }
+};
 
 // ---- orders -------------------------------------------------------------------------------------
 uint64_t random_state;
@@ -111,8 +136,25 @@ void run_block(std::vector<int>& threads, int order, bool check) {
     }
 }
 
+// All blocks of the grid or, where there are any, the chosen ones (three numbers each).
+void run_blocks(size_t threads, int order, bool check, const unsigned* chosen, int chosen_count) {
+    block_number = 0;
+    std::vector<int> turns = sequence(threads, order);
+    for (int b = 0; b < chosen_count && !failed; ++b) {
+        blockIdx = {chosen[3 * b], chosen[3 * b + 1], chosen[3 * b + 2]};
+        run_block(turns, order, check);
+    }
+    std::vector<int> blocks;
+    if (!chosen_count) blocks = sequence((size_t)gridDim.x * gridDim.y * gridDim.z, order);
+    if (order == RANDOM) shuffle(blocks);
+    for (size_t b = 0; b < blocks.size() && !failed; ++b) {
+        const unsigned n = (unsigned)blocks[b];
+        blockIdx = {n % gridDim.x, n / gridDim.x % gridDim.y, n / gridDim.x / gridDim.y};
+        run_block(turns, order, check);
+    }
+}
+
 // ---- the launch: returns the number of errors, their text in `report` --------------------------------
-// Of all blocks of the grid or, where there are any, of the chosen ones (three numbers each).
 struct Buffer {
     void* begin;
     size_t size;
@@ -123,8 +165,8 @@ extern "C" int cpu_launch(void (*kernel)(void**), void (*shared_range)(char**, c
                           void** arguments, const unsigned* grid, const unsigned* block,
                           size_t dynamic_bytes, int order, uint64_t seed, int check,
                           const Buffer* buffers, int buffer_count, const unsigned* chosen,
-                          int chosen_count, void* begin_of_image, void* end_of_image, char* report,
-                          int report_size) {
+                          int chosen_count, void* begin_of_image, void* end_of_image,
+                          double seconds, char* report, int report_size) {
     messages.clear();
     reported.clear();
     error_count = 0;
@@ -155,22 +197,10 @@ extern "C" int cpu_launch(void (*kernel)(void**), void (*shared_range)(char**, c
         add_region(dynamic_shared, dynamic_bytes, -2);
     }
     set_handlers(true);
-
-    block_number = 0;
-    std::vector<int> turns = sequence(threads, order);
-    for (int b = 0; b < chosen_count && !failed; ++b) {
-        blockIdx = {chosen[3 * b], chosen[3 * b + 1], chosen[3 * b + 2]};
-        run_block(turns, order, check);
+    {
+        const Timer timer(seconds);
+        run_blocks(threads, order, check, chosen, chosen_count);
     }
-    std::vector<int> blocks;
-    if (!chosen_count) blocks = sequence((size_t)grid[0] * grid[1] * grid[2], order);
-    if (order == RANDOM) shuffle(blocks);
-    for (size_t b = 0; b < blocks.size() && !failed; ++b) {
-        const unsigned n = (unsigned)blocks[b];
-        blockIdx = {n % grid[0], n / grid[0] % grid[1], n / grid[0] / grid[1]};
-        run_block(turns, order, check);
-    }
-
     set_handlers(false);
     regions.clear();
     last_region = nullptr;

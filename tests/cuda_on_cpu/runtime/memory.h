@@ -75,8 +75,14 @@ void out_of_bounds(const char* p, size_t n, bool write, const void* pc) {
               WHERE_ARGUMENTS);
 }
 
+struct OutsideOfKernel {
+    OutsideOfKernel() { in_kernel = false; }
+    ~OutsideOfKernel() { in_kernel = true; }
+};
+
 void access(const void* address, size_t n, bool write, const void* pc) {
     if (!checking) return;
+    const OutsideOfKernel outside;  // no signal is to leave anything here half done
     char* p = (char*)address;
     if (on_a_stack(p)) return;
     Region* region = region_of(p, n);

@@ -35,6 +35,7 @@ int done_count;      // fibers that have returned
 int waiting_count;   // fibers at the barrier
 uint32_t block_number;  // 1 for the first block to run: 0 is "never"
 uint32_t epoch;         // barriers the block has passed
+volatile bool in_kernel;  // and not in what is ours: a signal then ends the launch
 
 // ---- errors -----------------------------------------------------------------------------------
 constexpr int MOST_ERRORS = 20;

@@ -202,16 +202,6 @@ def test_the_gram_is_formed_within_the_budget(monkeypatch):
     assert seen == [*range(6), *range(2, 6), *range(4, 6)]
 
 
-def test_sums_of_long_rows_keep_their_digits():
-    """As long as many blocks, and all of one sign, by which the rounding of sums adds up."""
-    d = 30_000
-    rng = np.random.default_rng(0)
-    x = (1 + 0.01 * rng.standard_normal((4, d))).astype(np.float32)
-    rows = ModelGradients(np.zeros(d, np.float32), lambda w, x: x @ w, [x[:2], x[2:]])
-    wide = numpy64(x)
-    assert relative_error(rows.gram(), wide @ wide.T) <= 2.0**-21
-
-
 def test_functions_without_a_forward_mode():
     @jax.custom_vjp
     def twice(x):

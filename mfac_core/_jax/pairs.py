@@ -16,6 +16,7 @@ from jax import lax
 from mfac_core._arrays import Array
 from mfac_core._dual import LARGEST_LIFTS
 from mfac_core._jax.host import solve_on_host
+from mfac_core._ops._blocks import GRAM_COLUMNS
 
 SUMMED_COLUMNS = 256
 """Products summed in their own precision; the sums of so many are added as pairs."""
@@ -31,10 +32,33 @@ def project(gradients: Array, x: Array) -> Array:
     # A sliding reduction is the one that XLA fuses with the products for any d.
     size, padding = (1, SUMMED_COLUMNS), ((0, 0), (0, -x.shape[0] % SUMMED_COLUMNS))
     sums = lax.reduce_window(products, zero, lax.add, size, size, padding)
-    return jnp.stack(lax.reduce((sums, jnp.zeros_like(sums)), (zero, zero), _add_pairs, (1,)))
+    return jnp.stack(lax.reduce((sums, jnp.zeros_like(sums)), (zero, zero), add_pairs, (1,)))
 
 
-def _add_pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+def cross(g: Array, h: Array) -> Array:
+    """G Hᵀ as a pair, shape (2, m, k), for g (m, d) and h (k, d); products in at least float32."""
+    dtype = jnp.promote_types(g.dtype, jnp.float32)
+
+    def product(start: Any, width: int) -> Array:
+        blocks = (lax.dynamic_slice_in_dim(x, start, width, 1).astype(dtype) for x in (g, h))
+        return lax.dot_general(
+            *blocks, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=dtype
+        )
+
+    d = g.shape[1]
+    rest = d % GRAM_COLUMNS
+    first = product(d - rest, rest)
+    zero = jnp.zeros_like(first)
+    if d < GRAM_COLUMNS:
+        return jnp.stack([first, zero])
+
+    def add(i: Any, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        return add_pairs(pair, (product(i * GRAM_COLUMNS, GRAM_COLUMNS), zero))
+
+    return jnp.stack(lax.fori_loop(0, d // GRAM_COLUMNS, add, (first, zero)))
+
+
+def add_pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
     """Add two pairs, the high parts by Knuth's exact addition."""
     total = a[0] + b[0]
     part = total - a[0]
@@ -60,7 +84,7 @@ def _combine_exactly(gradients: Array, high: Array, low: Array) -> Array:
     leading = coarse[:, None] * coarse_gradients
     rest = coarse[:, None] * (gradients - coarse_gradients) + fine[:, None] * gradients
     zero = np.zeros((), high.dtype)
-    total, error = lax.reduce((leading, rest), (zero, zero), _add_pairs, (0,))
+    total, error = lax.reduce((leading, rest), (zero, zero), add_pairs, (0,))
     return total + error
 
 

@@ -14,6 +14,7 @@ from mfac_core._arrays import (
     Array,
     array_namespace,
     is_floating,
+    is_numpy_array,
     is_traced,
     itemsize,
     send,
@@ -43,10 +44,10 @@ class GivenRows(Rows):
     def __init__(self, given: GradientRows, *, reduce: Reduce | None = None) -> None:
         shape = tuple(given.shape)
         check.gradients_shape(shape, "gradients")
-        self._given = given
-        self._wide: GradientRows | None = None
-        self._nonfinite: list[int] = []
         like = _array_like(given)
+        self._given, self._given_like = given, like
+        self._wide: tuple[GradientRows, Array] | None = None
+        self._nonfinite: list[int] = []
         self.widens = itemsize(like.dtype) == 8 or hasattr(given, "in_float64")
         self.reads_columns = hasattr(given, "columns") or hasattr(given, "blocks")
         super().__init__(like, (int(shape[0]), int(shape[1])), reduce)
@@ -66,7 +67,8 @@ class GivenRows(Rows):
     def gram(self, *, float64: bool = False) -> Array:
         """See :meth:`Rows.gram`."""
         m = self.used
-        gram = self._returned(self._served(float64 or self.float64).gram(), "gram()", (m, m))
+        served, like = self._served(float64 or self.float64)
+        gram = self._returned(served.gram(), "gram()", (m, m), like)
         values = to_numpy(gram)
         self._nonfinite = np.flatnonzero(~np.isfinite(np.diagonal(values))).tolist()
         if np.all(np.isfinite(values)):
@@ -74,20 +76,20 @@ class GivenRows(Rows):
         return self.summed(self.home.xp.asarray(self.home.receive(gram), copy=True))
 
     def _project(self, x: Any, float64: bool) -> Array:
-        served = self._served(float64)
-        product = served.project(send(x, self.like, served.dtype))
+        served, like = self._served(float64)
+        product = served.project(_sent(x, like))
         shape = (self.used, *x.shape[1:])
-        return self.summed(self.home.receive(self._returned(product, "project(x)", shape)))
+        return self.summed(self.home.receive(self._returned(product, "project(x)", shape, like)))
 
     def _combine(
         self, c: Array, base: Columns | None, alpha: float, dtype: Any, float64: bool
     ) -> Columns:
-        served = self._served(float64)
+        served, like = self._served(float64)
         # By a power of two, so that c does not leave the range of narrower dtypes.
         largest = float(np.max(np.abs(to_numpy(c)), initial=0.0)) if self.home.is_host else 0.0
         scale = float(2.0 ** np.frexp(largest)[1]) if 0.0 < largest < np.inf else 1.0
-        product = served.combine(send(c / scale, self.like, served.dtype))
-        y = self._returned(product, "combine(c)", (self.shape[1], *c.shape[1:]))
+        product = served.combine(_sent(c / scale, like))
+        y = self._returned(product, "combine(c)", (self.shape[1], *c.shape[1:]), like)
         y = scale * (widen(y) if float64 else _at_least_float32(y))
         if base is not None:
             y = y + alpha * (widen(base) if float64 else _at_least_float32(base))
@@ -95,11 +97,11 @@ class GivenRows(Rows):
 
     def cross(self, other: GivenRows) -> Array | None:
         """Return G Hᵀ for other rows H, float64 (m, q), or None where the objects do not know."""
-        mine, others = (rows._served(self.float64) for rows in (self, other))
+        (mine, like), (others, _) = (rows._served(self.float64) for rows in (self, other))
         if type(mine) is not type(others) or not hasattr(mine, "cross"):
             return None
         shape = self.used, other.used
-        products = self._returned(mine.cross(others), "cross(other)", shape)
+        products = self._returned(mine.cross(others), "cross(other)", shape, like)
         return self.summed(self.home.receive(products))
 
     def nonfinite(self) -> list[int]:
@@ -108,10 +110,13 @@ class GivenRows(Rows):
         found[self._nonfinite] = 1.0
         return self._found(found)
 
-    def _served(self, float64: bool) -> GradientRows:
-        """Return the rows to ask: those in float64, where that is wanted and they are others."""
+    def _served(self, float64: bool) -> tuple[GradientRows, Array]:
+        """Return the rows to ask, those in float64 where that is wanted, and an array like theirs.
+
+        Those in float64 are NumPy's where the library has no float64.
+        """
         if not float64 or not self.widens or itemsize(self.dtype) == 8:
-            return self._given
+            return self._given, self._given_like
         if self._wide is None:
             wide = self._given.in_float64()  # type: ignore[attr-defined]
             if tuple(wide.shape) != self.shape or itemsize(wide.dtype) != 8:
@@ -120,15 +125,17 @@ class GivenRows(Rows):
                     f"got shape {tuple(wide.shape)}, dtype {wide.dtype}"
                 )
                 raise ValueError(msg)
-            self._wide = wide
+            self._wide = wide, _array_like(wide)
         return self._wide
 
-    def _returned(self, x: Any, what: str, shape: tuple[int, ...]) -> Array:
+    def _returned(self, x: Any, what: str, shape: tuple[int, ...], like: Array) -> Array:
         x = check.array_argument(x, f"gradients.{what}")
         if tuple(x.shape) != shape:
             msg = f"gradients.{what} must return shape {shape}, got {tuple(x.shape)}"
             raise ValueError(msg)
-        check.beside(x, f"gradients.{what}", self.like)
+        is_of_home = is_numpy_array(x) and self.home.is_numpy and shape[0] == self.used
+        if not is_of_home:  # as what is m-sized may be, where the library has no float64
+            check.beside(x, f"gradients.{what}", like)
         return x
 
     # -- columns ---------------------------------------------------------------------------
@@ -150,7 +157,7 @@ class GivenRows(Rows):
             width = int(block.shape[-1])
             yield (
                 slice(start, start + width),
-                self._returned(block, "blocks()", (self.used, width)),
+                self._returned(block, "blocks()", (self.used, width), self.like),
             )
             start += width
         if start != d:
@@ -175,7 +182,8 @@ class GivenRows(Rows):
 
     def _columns(self, indices: np.ndarray[Any, Any]) -> Array:
         columns = self._given.columns(indices)  # type: ignore[attr-defined]
-        return self._returned(columns, "columns(indices)", (self.used, len(indices)))
+        shape = (self.used, len(indices))
+        return self._returned(columns, "columns(indices)", shape, self.like)
 
     def read(self, columns: slice) -> Array:
         """See :meth:`Rows.read`."""
@@ -246,6 +254,13 @@ def _array_like(given: GradientRows) -> Array:
         msg = f"gradients must be of a real floating dtype, got {given.dtype}"
         raise TypeError(msg)
     return like
+
+
+def _sent(x: Array, like: Array) -> Array:
+    """Return an array of the gradients' library or home as one of the rows that are asked."""
+    if is_numpy_array(like):
+        x = to_numpy(x)
+    return send(x, like, like.dtype)
 
 
 def _at_least_float32(x: Array) -> Array:

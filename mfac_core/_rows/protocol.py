@@ -29,11 +29,13 @@ class GradientRows(Protocol):
     Notes
     -----
     ``project`` and ``combine`` are given arrays of that library, dtype and device, and return such.
-    Errors of the Gram are what limits F⁻¹: sum its products in float64. These may be there as well:
+    Errors of the Gram are what limits F⁻¹: sum its products in float64, in an array of NumPy where
+    the library has none, as JAX by default. These may be there as well:
 
     ``in_float64()``
-        Returns the same rows in float64: rows as these, of that dtype. Asked for where the damping
-        is too small beside the gradients for fewer digits; without it a warning says so.
+        Returns the same rows in float64: rows as these, of that dtype, and of NumPy where the
+        library has no float64. Asked for where the damping is too small beside the gradients for
+        fewer digits; without it a warning says so.
     ``cross(other)``
         Returns G Hᵀ, shape (m, q), for rows H of the same type. Influence asks for it where queries
         are such rows; without it by ``combine`` and ``project``, a product for each query.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from typing import Any
 
 import torch
 
+from mfac_core._rows import tiles
 from mfac_core.torch._factors import Factor, Full, added
 from mfac_core.torch._layers import Recorder
 from mfac_core.torch._losses import Losses, Values, backward
@@ -48,56 +49,26 @@ class LayerGrams:
         """Return G Gᵀ, float64."""
         m = len(self._losses.recorded)
         gram = torch.zeros(m, m, dtype=torch.float64, device=self._device)
-        start, batches = 0, len(self._losses.slices)
-        while start < batches:
-            held: list[tuple[slice, dict[str, Factor]]] = []
-            size, start_next = 0, batches
-            with closing(self._losses.each(start)) as each:
-                for i, at, batch in each:
-                    factors = self._factors(batch, at)
-                    more = sum(factor.nbytes for factor in factors.values())
-                    if start_next == batches and (not held or size + more <= self._memory // 2):
-                        held.append((at, factors))
-                        size += more
-                    else:
-                        start_next = min(start_next, i)
-                    for rows, others in held:
-                        block = self._block(others, factors)
-                        gram[rows, at], gram[at, rows] = block, block.T
-            start = start_next
+        batches = len(self._losses.slices)
+        for rows, held, at, factors in tiles.pairs(self._passes, batches, _size, self._memory):
+            block = self._block(held, factors)
+            gram[rows, at], gram[at, rows] = block, block.T
         return (gram + gram.T) / 2
 
     def cross(self, other: LayerGrams) -> Tensor:
         """Return G Hᵀ for the rows H of the other, float64."""
         self._agree_on_rest(other)
-        products = torch.zeros(
-            len(self._losses.recorded),
-            len(other._losses.recorded),
-            dtype=torch.float64,
-            device=self._device,
-        )
-        held: list[tuple[slice, dict[str, Factor]]] = []
-        size = 0
-
-        def multiply() -> None:
-            with closing(self._losses.each()) as each:
-                for _, at, batch in each:
-                    factors = self._factors(batch, at)
-                    for columns, others in held:
-                        products[at, columns] = self._block(factors, others)
-            held.clear()
-
-        with closing(other._losses.each()) as each:
-            for _, at, batch in each:
-                factors = other._factors(batch, at)
-                held.append((at, factors))
-                size += sum(factor.nbytes for factor in factors.values())
-                if size > self._memory // 2:
-                    multiply()
-                    size = 0
-        if held:
-            multiply()
+        shape = len(self._losses.recorded), len(other._losses.recorded)
+        products = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        crossings = tiles.crossings(self._passes, other._passes, _size, self._memory)
+        for at, factors, columns, others in crossings:
+            products[at, columns] = self._block(factors, others)
         return products
+
+    def _passes(self, start: int) -> Generator[tuple[int, slice, dict[str, Factor]]]:
+        with closing(self._losses.each(start)) as each:
+            for i, at, batch in each:
+                yield i, at, self._factors(batch, at)
 
     def explain_nothing(self) -> bool:
         """Compute all rows one by one from now on; whether that is a change."""
@@ -201,3 +172,7 @@ class LayerGrams:
                 for row in rows
             ]
         )
+
+
+def _size(factors: dict[str, Factor]) -> int:
+    return sum(factor.nbytes for factor in factors.values())

@@ -123,7 +123,7 @@ def test_selections(g, queries):
 def test_queries_in_chunks_and_in_any_storage(g, queries, tmp_path, monkeypatch):
     expected = dense_scores(g, queries, 0.1)
     influence = Influence(g, damping=0.1)
-    monkeypatch.setattr("mfac_core.influence.QUERY_BYTES", 2 * 8 * 30)
+    monkeypatch.setattr("mfac_core.influence._queries.QUERY_BYTES", 2 * 8 * 30)
     np.save(tmp_path / "queries.npy", queries)
     file = File(queries)
     forms = [
@@ -177,7 +177,7 @@ def test_more_gradients_than_parameters(rng):
 
 
 def test_columns_over_ranks(g, queries, monkeypatch):
-    monkeypatch.setattr("mfac_core.influence.QUERY_BYTES", 2 * 8 * 30)
+    monkeypatch.setattr("mfac_core.influence._queries.QUERY_BYTES", 2 * 8 * 30)
     ranks = Ranks(3)
 
     def body(rank):
@@ -234,3 +234,19 @@ def test_refusals_by_name(g, queries):
         influence.most_helpful(queries, 13)
     with pytest.raises(ValueError, match="gradients must be finite"):
         Influence(np.full((2, 3), np.nan), damping=0.1)
+
+
+def test_another_damping_takes_no_pass(g, queries):
+    file = File(g)
+    influence = Influence(file, damping=0.1)
+    read = file.read.copy()
+    for damping in (1e-3, 10.0):
+        other = influence.with_damping(damping)
+        assert (file.read == read).all()
+        expected = dense_scores(g, queries, damping)
+        assert relative_error(other.scores(queries), expected) <= 1e-10
+        assert relative_error(other.self_influence(), np.diagonal(dense_scores(g, g, damping))) <= (
+            1e-10
+        )
+        read = file.read.copy()
+    assert influence.damping == 0.1

@@ -390,6 +390,17 @@ def test_a_wrong_derivative_in_forward_mode_is_noticed():
     assert_same(rows, stored(model, loss_fn, batches), 1e-10)
 
 
+def test_samples_that_are_fitted_to_the_last_digit():
+    """1 − p of 1e-6 has a digit in float32, and the rows of such samples no more."""
+    model, batches = nn.Linear(5, CLASSES), data((5,))
+    nn.init.eye_(model.weight)
+    for x, y in batches:
+        x[:3] = 15.0 * torch.eye(5)[y[:3]]
+    g = stored(model, each, batches)
+    rows = ModelGradients(model, each, batches)
+    assert relative_error(rows.gram(), numpy64(g @ g.T)) <= 1e-5
+
+
 def test_gradients_that_change_are_noticed():
     class Random(torch.autograd.Function):
         @staticmethod

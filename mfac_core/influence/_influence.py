@@ -1,12 +1,4 @@
-"""Which training samples help, which harm, and what leaving some of them out would do.
-
-Between gradients of samples all of it is m-sized. With the gradients g₁ … g_m of the training
-samples as rows of G, F = λI + GᵀG/m for the Hessian of the training loss, and A = mλI + GGᵀ,
-
-    g_qᵀ F⁻¹ gᵢ / m = [G g_q]ᵀ A⁻¹ eᵢ
-
-so that one projection of the queries is all that touches the d parameters.
-"""
+"""Influence of training samples: the public class."""
 
 from __future__ import annotations
 
@@ -27,19 +19,9 @@ from mfac_core._arrays import (
     send,
     to_numpy,
 )
-from mfac_core._operators.damping import damping_of
-from mfac_core._operators.digits import finite_gram
-from mfac_core._operators.spectra import Blocks
-from mfac_core._operators.static import InverseFisher
-from mfac_core._ops.rows import column_slices
-from mfac_core._rows.base import Columns, Reduce, Rows, widened
-from mfac_core._rows.given import GivenRows, is_given
-from mfac_core._rows.storage import rows_of
-
-__all__ = ["Influence", "Selection"]
-
-QUERY_BYTES = 1 << 27
-"""Size of the float64 gradients of the queries, and of their scores, that are worked on at once."""
+from mfac_core._operators.samples import SampleInverse
+from mfac_core._rows.base import Reduce, Rows
+from mfac_core.influence._queries import products_of
 
 NDArray = np.ndarray[Any, Any]
 
@@ -116,12 +98,43 @@ class Influence:
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
-        given = check.damping_or_auto(damping)
-        rows = rows_of(gradients, reduce=reduce, progress=progress)
-        gram = finite_gram(rows)
-        chosen = damping_of(Blocks(rows, gram=gram)) if given is None else given
-        self._inverse = InverseFisher._of_rows(rows, chosen, gram)
-        self._known: tuple[NDArray, NDArray] | None = None
+        self._inverse = SampleInverse.of(
+            gradients, damping=damping, reduce=reduce, progress=progress
+        )
+
+    def with_damping(self, damping: float) -> Influence:
+        """Return the influence by the same gradients under another λ.
+
+        Parameters
+        ----------
+        damping : float
+            λ > 0.
+
+        Returns
+        -------
+        Influence
+            It shares the Gram matrix with this one.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``damping`` is not finite and positive.
+
+        Notes
+        -----
+        O(m³), and no pass over the gradients, see :meth:`mfac_core.InverseFisher.with_damping`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mfac_core.influence import Influence
+        >>> influence = Influence(np.array([[1.0, 0.0], [0.0, 2.0]]), damping=1.0)
+        >>> [influence.with_damping(λ).self_influence().tolist() for λ in (0.5, 2.0)]
+        [[0.5, 0.8], [0.2, 0.5]]
+        """
+        other = type(self).__new__(type(self))
+        other._inverse = self._inverse.with_damping(damping)
+        return other
 
     @property
     def damping(self) -> float:
@@ -130,7 +143,7 @@ class Influence:
 
     @property
     def _rows(self) -> Rows:
-        return self._inverse._rows
+        return self._inverse.rows
 
     @property
     def _m(self) -> int:
@@ -174,7 +187,7 @@ class Influence:
             such as those with a wrong label, have a large one. Their sum is the effective number
             of parameters. Without sample i its own loss would change by hᵢ/(1 − hᵢ) exactly.
         """
-        gram, kernel = self._matrices()
+        gram, kernel = self._inverse.matrices()
         return self._sent(np.clip(np.einsum("ij,ij->i", gram, kernel), 0.0, 1.0))
 
     def leave_out(self, groups: Iterable[Any], queries: Any = None) -> Array:
@@ -267,7 +280,7 @@ class Influence:
         some = self._members(group, name)
         if not len(some):
             return some, np.zeros(0), 0.0
-        gram, kernel = self._matrices()
+        gram, kernel = self._inverse.matrices()
         share = np.full(len(some), 1.0 / (self._m * self.damping))
         v = scipy.linalg.solve(kernel[np.ix_(some, some)], share, assume_a="pos")
         # Not v − 1, which would leave nothing of a small H.
@@ -296,80 +309,18 @@ class Influence:
             raise IndexError(msg)
         return np.unique(np.where(values < 0, values + self._m, values))
 
-    def _matrices(self) -> tuple[NDArray, NDArray]:
-        """Return GGᵀ and A⁻¹, computed once."""
-        if self._known is None:
-            dual = self._inverse._dual
-            inverse = to_numpy(dual.solve(dual.home.eye(self._m)))
-            self._known = to_numpy(dual.gram), (inverse + inverse.T) / 2
-        return self._known
-
     # -- queries ---------------------------------------------------------------------------
 
     def _scores(self, queries: Any) -> Iterator[NDArray]:
         """Yield the scores (k, m) of some queries after the other, float64."""
         xp = self._rows.home.xp
-        for products in self._products(queries):
+        for products in products_of(queries, self._rows):
             if not bool(xp.all(xp.isfinite(products))):
                 msg = (
                     "queries must be finite, got a NaN or an infinity, or a product beyond float64"
                 )
                 raise ValueError(msg)
-            yield to_numpy(self._inverse._ask(self._inverse._dual.solve, products)).T
-
-    def _products(self, queries: Any) -> Iterator[Array]:
-        """Yield the products of all rows with some queries after the other, (m, k)."""
-        if is_given(queries) and isinstance(self._rows, GivenRows):
-            others = GivenRows(queries)
-            self._check_width(others)
-            products = self._rows.cross(others)
-            if products is not None:
-                yield products
-                return
-        for columns in self._chunks(queries):
-            # In float64 where that does not mean another model: queries are few beside the Gram.
-            yield self._rows.project(
-                columns if isinstance(self._rows, GivenRows) else widened(columns)
-            )
-
-    def _check_width(self, queries: Rows) -> None:
-        if queries.shape[1] != self._rows.shape[1]:
-            msg = f"queries must have shape (q, {self._rows.shape[1]}), got {queries.shape}"
-            raise ValueError(msg)
-
-    def _chunks(self, queries: Any) -> Iterator[Columns]:
-        """Yield some queries after the other, as columns (d, k)."""
-        if isinstance(queries, Iterator):
-            for array in queries:
-                yield from self._chunks(array)
-            return
-        if getattr(queries, "ndim", 0) == 1:
-            queries = queries[None, :]
-        # As many on each rank: no number of this rank's own.
-        numbers = max(self._rows.total_columns, self._m)
-        height = max(QUERY_BYTES // (8 * numbers), 1)
-        if is_given(queries):
-            yield from self._of_rows(GivenRows(queries), height)
-            return
-        parts = list(queries) if isinstance(queries, (list, tuple)) else [queries]
-        for i, part in enumerate(parts):
-            shape = tuple(getattr(part, "shape", ()))
-            if len(shape) != 2 or shape[0] != parts[0].shape[0]:
-                name = f"queries[{i}]" if len(parts) > 1 else "queries"
-                msg = f"{name} must have shape (q, d), a gradient a row, got {shape or type(part)}"
-                raise ValueError(msg)
-        for some in column_slices(int(parts[0].shape[0]), height):
-            columns = [_transposed(part[some, :]) for part in parts]
-            pieces = columns if isinstance(queries, (list, tuple)) else columns[0]
-            yield self._rows.columns_argument(pieces, "queries.T", (2,))
-
-    def _of_rows(self, rows: GivenRows, height: int) -> Iterator[Columns]:
-        """Yield rows that are only functions, by a product with unit vectors each."""
-        q, dtype = rows.shape[0], rows.like.dtype
-        for some in column_slices(q, height):
-            units = np.eye(q)[:, some]
-            columns = rows.combine(rows.home.receive(units), None, 1.0, dtype=dtype)
-            yield self._rows.columns_argument(columns, "queries.T", (2,))
+            yield self._inverse.solve(products).T
 
     def _selected(self, queries: Any, k: int, order: Callable[[NDArray], NDArray]) -> Selection:
         k = check.integer(k, "k", minimum=1)
@@ -392,9 +343,3 @@ class Influence:
     def _sent(self, values: NDArray) -> Array:
         like = self._rows.like
         return send(values, like, promote(like, array_namespace(like).float32))
-
-
-def _transposed(block: Any) -> Array:
-    """Return rows as columns."""
-    array = block if is_array_api_obj(block) else np.asarray(block)
-    return check.array_argument(array, "queries").T

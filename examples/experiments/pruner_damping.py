@@ -24,7 +24,8 @@ from mfac_core.torch import Pruner
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 ROWS = 64
-GRID = tuple(10.0**k for k in range(-8, -2))
+GRIDS = {"cnn": range(-8, -2), "resnet": range(-6, -3)}
+"""Powers of ten for λ; fewer for the network whose passes take longer."""
 CHOICES = ("auto", "leave-one-out")
 
 
@@ -32,7 +33,8 @@ def records_of(network: str, seed: int, data: Split, cache: Path, quick: bool) -
     """Prune the network of one seed under each damping."""
     x, y, x_test, y_test = data
     records = []
-    for damping in (*CHOICES[1:], *GRID[:1]) if quick else (*CHOICES, *GRID):
+    grid = [10.0**k for k in GRIDS[network]]
+    for damping in (*CHOICES[1:], *grid[:1]) if quick else (*CHOICES, *grid):
         model = prepared(network, seed, data, cache, quick=quick)
         torch.manual_seed(seed)
         images = TensorDataset(x, y)

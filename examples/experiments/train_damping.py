@@ -25,7 +25,7 @@ import mfac_core
 from mfac_core.torch import MFAC
 
 FIXED = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-RELATIVE = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RELATIVE = (1e-3, 1e-2, 1e-1, 1.0)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 

@@ -21,6 +21,7 @@ Tensor = Any
 
 LAYERS = ("global", "uniform")
 UPDATES = ("joint", "independent")
+DAMPINGS = ("auto", "leave-one-out")
 
 
 class Pruner:
@@ -53,9 +54,10 @@ class Pruner:
         Whether a sparsity is that of all weights together, or of each parameter.
     rows : int, optional
         Batches to take for a step, by default all of ``batches`` and at most 256.
-    damping : float or "auto", default "auto"
+    damping : float, "auto" or "leave-one-out", default "auto"
         λ. By default a tenth of the mean square of the gradients' entries, taken anew at every
-        step: it then follows the scale of the loss and the size of the batches.
+        step: it then follows the scale of the loss and the size of the batches. "leave-one-out"
+        has the rows of each step choose it, as :func:`mfac_core.choose_damping` does.
     block_size : int, None or "auto", default "auto"
         Diagonal blocks of the Fisher matrix, of this many weights and within a parameter; None
         for the whole matrix. By default four for each row, and at most 1,024: few rows can be told
@@ -130,8 +132,11 @@ class Pruner:
             if value not in known:
                 msg = f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}"
                 raise ValueError(msg)
-        if damping != "auto":
+        if not isinstance(damping, str):
             damping = check.damping(damping)
+        elif damping not in DAMPINGS:
+            msg = f"damping must be a number, 'auto' or 'leave-one-out', got {damping!r}"
+            raise ValueError(msg)
         if block_size not in ("auto", None):
             block_size = check.integer(block_size, "block_size", minimum=1)
         if not callable(loss_fn):

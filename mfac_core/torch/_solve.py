@@ -65,11 +65,6 @@ def solve(
     weights = torch.cat([_groups.flat(pattern, x.parameter.detach()).float() for x in parameters])
     kept = torch.cat([_groups.flat(pattern, x.kept) for x in parameters])
     weights = torch.where(kept, weights, torch.zeros_like(weights))
-    damping = (
-        DAMPING * _mean_square(rows, kept)
-        if isinstance(settings.damping, str)
-        else settings.damping
-    )
     on = weights.numpy(force=True) if isinstance(rows, np.ndarray) else weights.to(rows.device)
     pruned = prune(
         on,
@@ -78,7 +73,7 @@ def solve(
         pattern=pattern if labels is None else labels,
         mask=kept.cpu().numpy(),
         layers=lengths if settings.layers == "uniform" else None,
-        damping=damping,
+        damping=_damping(settings.damping, rows, kept),
         block_size=_block_sizes(settings.block_size, lengths, rows.shape[0]),
         stages=1,
         update=settings.update,
@@ -99,8 +94,15 @@ def solve(
         ],
         [half * float(p.square().mean()) for p in products],
         half * float(torch.stack(products).sum(0).square().mean()),
-        float(damping),
+        pruned.damping,
     )
+
+
+def _damping(damping: float | str, rows: Any, kept: Tensor) -> Any:
+    """Return λ: as given, by the rule, or "auto" to have :func:`prune` choose it by the rows."""
+    if not isinstance(damping, str):
+        return damping
+    return DAMPING * _mean_square(rows, kept) if damping == "auto" else "auto"
 
 
 def _block_sizes(block_size: int | str | None, lengths: Sequence[int], m: int) -> list[int] | None:

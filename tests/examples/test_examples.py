@@ -158,6 +158,39 @@ def test_the_choice_of_the_damping(tmp_path):
 
 
 @pytest.mark.usefixtures("siblings")
+def test_criteria_for_the_damping(tmp_path):
+    load("experiments/damping_criteria.py").main(["--quick", "--output", str(tmp_path)])
+    written = tables(tmp_path)
+    assert [len(written[f"damping-criteria-{key}"]) for key in ("table", "blocks")] == [3, 3]
+
+
+@pytest.mark.usefixtures("siblings")
+def test_the_damping_of_the_pruner(tmp_path):
+    write_images(tmp_path, np.random.default_rng(0))
+    arguments = ["--quick", "--data", str(tmp_path), "--output", str(tmp_path)]
+    load("experiments/pruner_damping.py").main(arguments)
+    _, _, *rows = tables(tmp_path)["pruner-damping-cnn-table"]
+    assert [row.split(",")[0].split(" |")[0] for row in rows] == [
+        '| `"leave-one-out"`',
+        "| λ 1e-08",
+    ]
+
+
+@pytest.mark.usefixtures("siblings")
+def test_wrong_labels(tmp_path):
+    write_images(tmp_path, np.random.default_rng(0))
+    arguments = ["--quick", "--data", str(tmp_path), "--output", str(tmp_path)]
+    load("experiments/wrong_labels.py").main(arguments)
+    assert len(tables(tmp_path)["wrong-labels-table"]) == 2 + 2 + 10 + 3
+
+
+@pytest.mark.usefixtures("siblings")
+def test_the_damping_of_the_plain_step(tmp_path):
+    load("experiments/train_damping.py").main(["--quick", "--output", str(tmp_path)])
+    assert len(tables(tmp_path)["train-damping-table"]) == 2 + 3 + 2
+
+
+@pytest.mark.usefixtures("siblings")
 @pytest.mark.parametrize("network", ["cnn", "resnet"])
 def test_pruning_on_fashion_mnist(network, tmp_path):
     """On random images in the files' format: the real ones need not be installed."""

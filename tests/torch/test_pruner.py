@@ -11,6 +11,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils.data import DataLoader, TensorDataset
 from torch_models import assert_as_it_was, batches, loss_fn, network, state_of
 
+from mfac_core import choose_damping
 from mfac_core.pruning import prune
 from mfac_core.torch import MFAC, Pruner, gradient_rows, prune_model
 
@@ -67,6 +68,33 @@ def test_the_predicted_rise_is_that_of_the_quadratic_model():
     first = rows[:, :20] @ change[:20]
     assert report.layers[0].loss_increase == pytest.approx(2 * np.mean(first**2), rel=1e-5)
     assert report.damping == pytest.approx(0.1 * np.mean(rows**2), rel=1e-5)
+
+
+def test_the_rows_of_each_step_choose_the_damping():
+    """Those of the weights that are left: the columns of the others are zero."""
+    model, data = network().double(), [(x.double(), y) for x, y in batches(12)]
+    pruner = Pruner(model, loss_fn, data, damping="leave-one-out", block_size=8)
+    sizes, names = [8, 8, 4, 8, 4], ["0.weight", "2.weight"]
+    kept = np.ones(32, bool)
+    for share in (0.4, 0.7):
+        rows = gradient_rows(model, loss_fn, data, parameters=names).numpy()
+        left = [int(part.sum()) for part in np.split(kept, np.cumsum(sizes)[:-1]) if part.any()]
+        expected = choose_damping(rows[:, kept], block_size=left)
+        assert pruner.step(share).damping == pytest.approx(expected, rel=1e-9)
+        kept = flat(pruner.masks.values()).numpy()
+        names = ["0.weight_orig", "2.weight_orig"]
+
+
+def test_rows_without_a_gradient_choose_nothing():
+    model, data = network(), batches(6)
+    pruner = Pruner(model, lambda model, batch: 0.0 * loss_fn(model, batch), data)
+    assert pruner.step(0.5).damping > 0.0
+    pruner = Pruner(
+        network(), lambda model, batch: 0.0 * loss_fn(model, batch), data, damping="leave-one-out"
+    )
+    assert_unchanged_by(
+        pruner.model, lambda: pruner.step(0.5), ValueError, "gradients must not all be zero"
+    )
 
 
 def test_masks_are_those_of_torch_and_only_grow():
@@ -319,6 +347,7 @@ def test_arguments_that_are_refused_at_once():
         ({"layers": "each"}, ValueError, "layers must be 'global' or 'uniform', got 'each'"),
         ({"update": "paper"}, ValueError, "update must be 'joint' or 'independent'"),
         ({"damping": 0.0}, ValueError, "damping must be finite and positive"),
+        ({"damping": "oas"}, ValueError, "a number, 'auto' or 'leave-one-out', got 'oas'"),
         ({"block_size": 0}, ValueError, "block_size must be an integer of at least 1"),
         ({"rows": 7}, ValueError, "ran out after 6 of 7"),
         ({"storage": "/nowhere/at/all"}, ValueError, "storage must be"),

@@ -460,4 +460,8 @@ class SymmetricOperator(ABC):
 
     def __repr__(self) -> str:
         d = self.shape[0]
-        return f"<{d}x{d} {type(self).__name__} with dtype {self.dtype}>"
+        return f"<{d}x{d} {type(self).__name__}{self._of_what()} with dtype {self.dtype}>"
+
+    def _of_what(self) -> str:
+        """Return what else an operator says of itself."""
+        return ""

@@ -225,6 +225,9 @@ class BlockInverseFisher(BlockDiagonal):
         self.damping = given
         super().__init__(list(_inverses(rows, self.block_sizes, self.damping)), reduce)
 
+    def _of_what(self) -> str:
+        return f" of {len(self.block_sizes)} blocks, damping {self.damping:g},"
+
     @classmethod
     def accumulate(
         cls, gradients: Iterable[Any], *, damping: float, block_size: int | Sequence[int]

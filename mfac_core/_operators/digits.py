@@ -260,21 +260,25 @@ class Digits:
         left = (rest * self.damping**2 >= whole * smallest**2) & np.isfinite(rest)
         return not bool(np.all(left))
 
-    def refined(self, before: Any, y: Any) -> None:
-        """Warn where the step of refinement from ``before`` to y was too long to be the last.
+    def refined(self, before: Any, y: Any) -> bool:
+        """Look at the step of refinement from ``before`` to y: whether an exact Gram was formed.
 
         A step leaves of the error before it, which is the step's length, what solutions with the
-        dual have as their relative error.
+        dual have as their relative error. A warning is due where that was too long to be the last.
         """
         if not self.rows.home.is_host:
-            return
+            return False
         rounding = self._solution_error() if self.rows.rounds else 0.0
         left = self.dual.condition() * 2.0**-52 + rounding
         pairs = zip(y, before, strict=True) if isinstance(y, list) else [(y, before)]
         step = self.rows.square_norms([new - old for new, old in pairs])
-        limit = self.rows.square_norms(y) * LARGEST_REFINED_ERROR**2
-        if not bool(np.all(step * left**2 <= limit)):
+        error = left * np.sqrt(step), np.sqrt(self.rows.square_norms(y))
+        if self.rows.rounds and not np.all(error[0] <= LARGEST_PRODUCT_ERROR * error[1]):
+            self.go_to_float64()
+            return True
+        if not np.all(error[0] <= LARGEST_REFINED_ERROR * error[1]):
             self.warn("F⁻¹x")
+        return False
 
     def held(self, c: Array, dtype: Any) -> Array:
         """Return Gᵀc = F⁻¹g for a gradient held, in float64 products where its terms cancel."""

@@ -150,6 +150,17 @@ class DampedInverse(LowRankOperator):
         For y = (x − Gᵀc)/λ the residual x − Fy is Gᵀe with e = c − Gy/n, and F⁻¹Gᵀe = n GᵀA⁻¹e:
         a step is one projection and one combination, and subtracts nothing large.
         """
+        y, before = self._steps(x, steps)
+        if self._digits.refined(before, y):
+            y, before = self._steps(x, steps)
+            self._digits.refined(before, y)
+        dtype = self._product_dtype(x)
+        if isinstance(x, list):
+            return [send(z, piece, dtype) for z, piece in zip(y, x, strict=True)]
+        return send(y, self._like(), dtype)
+
+    def _steps(self, x: Any, steps: int) -> tuple[Any, Any]:
+        """Return F⁻¹x after some steps of refinement, and before the last of them."""
         n, damping = self._divisor, self._damping
         wide = widened(x)
         c = self._dual.solve(self._rows.project(wide))
@@ -158,11 +169,7 @@ class DampedInverse(LowRankOperator):
             change = n * self._dual.solve(c - self._rows.project(y) / n)
             before, y = y, self._rows.combine_wide(change, y, 1.0)
             c = c - damping * change
-        self._digits.refined(before, y)
-        dtype = self._product_dtype(x)
-        if isinstance(x, list):
-            return [send(z, piece, dtype) for z, piece in zip(y, x, strict=True)]
-        return send(y, self._like(), dtype)
+        return y, before
 
     def _column(self, j: int) -> Array:
         self._columns_known()

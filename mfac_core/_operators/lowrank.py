@@ -58,6 +58,9 @@ class LowRankOperator(SymmetricOperator):
     def _checked(self, x: Any, name: str, ndim: tuple[int, ...]) -> Any:
         return self._rows.columns_argument(x, name, ndim)
 
+    def _of_what(self) -> str:
+        return f" of {self._rows.shape[0]} gradients, damping {self._damping:g},"
+
     def _product_dtype(self, x: Any) -> Any:
         """Return the dtype of the product with x."""
         return promote(first_of(x), self._rows.like.dtype)

@@ -203,6 +203,9 @@ class SlidingInverseFisher(PrimalOrDual):
         """A = nλI + GGᵀ of the gradients held, oldest first, float64: a copy."""
         return self._do(lambda: self._gram() + self._shift * self._rows.home.eye(len(self)))
 
+    def _of_what(self) -> str:
+        return f" of {len(self)} of {self.window_size} gradients, damping {self._damping:g},"
+
     def _gram(self) -> Array:
         self._by_dual()
         xp, home = self._rows.home.xp, self._rows.home

@@ -160,6 +160,9 @@ def holds(name, g, damping, x):
     for i in range(x.shape[1]):
         product, doubt = warned(lambda i=i: inverse @ convert(x[:, i].copy()))
         assert right(product, i) or known or doubt, i
+        if i % 4 == 0:
+            product, doubt = warned(lambda i=i: inverse.matvec(convert(x[:, i].copy()), refine=1))
+            assert right(product, i) or known or doubt, (i, "refined")
     if isinstance(inverse, mfac.SlidingInverseFisher):
         product, doubt = warned(lambda: inverse.append_matvec(convert(g[0].copy())))
         assert right(product, -1) or known or doubt, "newest"

@@ -6,8 +6,10 @@ optax's own parts compose with it: schedules, ``optax.chain``, ``inject_hyperpar
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
@@ -36,14 +38,15 @@ def scale_by_mfac(
     Returns
     -------
     optax.GradientTransformation
-        Takes gradients of the parameters' structure, in any mixture of real floating dtypes, to
-        F⁻¹g, with g itself in the window. Its state is a :class:`mfac_core.functional.State`.
+        Takes gradients of the parameters' structure, in any mixture of floating dtypes, to F⁻¹g,
+        with g itself in the window; complex parameters count as pairs of real ones. Its state is a
+        :class:`mfac_core.functional.State`.
 
     Raises
     ------
     TypeError, ValueError
         If the damping is not a positive number; by ``init``, if another argument is not of its
-        form; by ``update``, if the gradients are not real floating.
+        form; by ``update``, if the gradients are not floating.
 
     See Also
     --------
@@ -71,20 +74,43 @@ def scale_by_mfac(
         check.positive_number(damping, "damping")
 
     def init(params: optax.Params) -> functional.State:
-        num_params = ravel_pytree(params)[0].size
-        return functional.init(num_params, window_size, damping=damping, dtype=dtype)
+        if is_traced(window_size):
+            msg = (
+                "window_size must be known when init is compiled, got a traced value; name it in "
+                "static_args of optax.inject_hyperparams, or call init outside of jax.jit"
+            )
+            raise TypeError(msg)
+        num_params = sum(map(_size, jax.tree.leaves(params)))
+        state = functional.init(max(num_params, 1), window_size, damping=damping, dtype=dtype)
+        # Without parameters, as for a label that nobody has or optax's placeholders, of nothing.
+        return state._replace(gradients=state.gradients[:, :num_params])
 
     def update(
         updates: optax.Updates, state: functional.State, params: optax.Params | None = None
     ) -> tuple[Array, functional.State]:
         del params
-        g, unravel = ravel_pytree(updates)
+        if not jax.tree.leaves(updates):
+            return updates, state
+        g, unravel = ravel_pytree(jax.tree.map(_as_real, updates))
         # Not the one of init: hyperparameters may change from step to step.
         state = state._replace(damping=jnp.asarray(damping, state.damping.dtype))
         state, y = functional.append_matvec(state, g)
-        return unravel(y), state
+        return jax.tree.map(_as_before, updates, unravel(y)), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _size(x: Any) -> int:
+    """Return how many real numbers a parameter has; it may be abstract."""
+    return math.prod(jnp.shape(x)) * (2 if jnp.iscomplexobj(x) else 1)
+
+
+def _as_real(x: Array) -> Array:
+    return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
+
+
+def _as_before(x: Array, y: Array) -> Array:
+    return jax.lax.complex(y[..., 0], y[..., 1]) if jnp.iscomplexobj(x) else y
 
 
 def mfac(

@@ -11,26 +11,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
 from mfac_core import _validate as check
 from mfac_core import functional
 from mfac_core._arrays import Array, is_traced
+from mfac_core._jax import scale_free
+from mfac_core._scale_free import RIDGE
 
 __all__ = ["mfac", "scale_by_mfac"]
 
 
 def scale_by_mfac(
-    window_size: int, damping: Any, *, dtype: Any = "float32"
+    window_size: int, damping: Any = None, *, dtype: Any = "float32"
 ) -> optax.GradientTransformation:
     """Multiply the gradient by the inverse of F = λI + (1/n) Σ gᵢgᵢᵀ over a window of gradients.
+
+    Without a damping the step is scale-free, see Notes.
 
     Parameters
     ----------
     window_size : int
         m, the most gradients held.
-    damping : float
+    damping : float, optional
         λ > 0. Outside the span of the window the update is g/λ, so the learning rate goes with it.
     dtype : dtype, default "float32"
         Of the window; see :func:`mfac_core.functional.init`.
@@ -58,6 +63,12 @@ def scale_by_mfac(
     :func:`mfac_core.functional.append_matvec`: from a gradient that is not finite it makes NaN,
     and the window stays as it was. Donate the state to have the window written in place.
 
+    **The scale-free step** is that of :class:`mfac_core.torch.MFAC`: gradients enter the window at
+    length 1, nλ is 0.6, and each parameter's part of F⁻¹g is brought to a root mean square of 1
+    over its elements that are not zero; less where its gradient is below 2⁻¹² of the whole's, in
+    root mean squares, and so rounding. It does not change when the loss is multiplied by a
+    constant. A gradient of zeros gives zeros, and the window stays as it was.
+
     It is the dynamic algorithm of Frantar, Kurtic and Alistarh (NeurIPS 2021, arXiv 2107.03356).
 
     Examples
@@ -70,7 +81,8 @@ def scale_by_mfac(
     >>> updates["w"]
     Array([0. , 0.44444445], dtype=float32)
     """
-    if not is_traced(damping):
+    is_scale_free = damping is None
+    if not is_scale_free and not is_traced(damping):
         check.positive_number(damping, "damping")
 
     def init(params: optax.Params) -> functional.State:
@@ -81,7 +93,8 @@ def scale_by_mfac(
             )
             raise TypeError(msg)
         num_params = sum(map(_size, jax.tree.leaves(params)))
-        state = functional.init(max(num_params, 1), window_size, damping=damping, dtype=dtype)
+        first = RIDGE if is_scale_free else damping
+        state = functional.init(max(num_params, 1), window_size, damping=first, dtype=dtype)
         # Without parameters, as for a label that nobody has or optax's placeholders, of nothing.
         return state._replace(gradients=state.gradients[:, :num_params])
 
@@ -91,13 +104,31 @@ def scale_by_mfac(
         del params
         if not jax.tree.leaves(updates):
             return updates, state
-        g, unravel = ravel_pytree(jax.tree.map(_as_real, updates))
-        # Not the one of init: hyperparameters may change from step to step.
-        state = state._replace(damping=jnp.asarray(damping, state.damping.dtype))
-        state, y = functional.append_matvec(state, g)
+        reals = jax.tree.map(_as_real, updates)
+        g, unravel = ravel_pytree(reals)
+        if is_scale_free:
+            state, y = _scale_free_step(state, g, reals)
+        else:
+            # Not the one of init: hyperparameters may change from step to step.
+            state = state._replace(damping=jnp.asarray(damping, state.damping.dtype))
+            state, y = functional.append_matvec(state, g)
         return jax.tree.map(_as_before, updates, unravel(y)), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _scale_free_step(
+    state: functional.State, g: Array, parameters: Any
+) -> tuple[functional.State, Array]:
+    """Return the window with g in it, and the direction, of one size for each of the parameters."""
+    number = jnp.minimum(state.count + 1, len(state.gradients))
+    unit = scale_free.normalised(g)
+    state = state._replace(damping=(RIDGE / number).astype(state.damping.dtype))
+    state, y = functional.append_matvec(state, unit)
+    cuts = np.cumsum([x.size for x in jax.tree.leaves(parameters)])[:-1]
+    parts = scale_free.of_one_size(jnp.split(y, cuts), jnp.split(unit, cuts))
+    direction = jnp.concatenate([jnp.ravel(part) for part in parts])
+    return state, jnp.where(jnp.any(g != 0.0), direction, 0.0).astype(g.dtype)
 
 
 def _size(x: Any) -> int:
@@ -116,13 +147,19 @@ def _as_before(x: Array, y: Array) -> Array:
 def mfac(
     learning_rate: optax.ScalarOrSchedule,
     window_size: int,
-    damping: Any,
+    damping: Any = None,
     momentum: Any = None,
     weight_decay: Any = None,
     *,
+    nesterov: bool = False,
+    mask: Any = None,
     dtype: Any = "float32",
 ) -> optax.GradientTransformation:
     """M-FAC: the parameters move by −lr · (v + decay · w), with v = momentum · v + F⁻¹g.
+
+    Without a damping the step is scale-free, and v = momentum · v + (1 − momentum) · direction, so
+    that lr is how far parameters move, as in :class:`mfac_core.torch.MFAC`.
+    ``mfac(schedule, 64, momentum=0.9)`` is where to start, from about 0.01 to 0.
 
     Parameters
     ----------
@@ -130,12 +167,17 @@ def mfac(
         The factor lr, or a function from the step's number to it.
     window_size : int
         See :func:`scale_by_mfac`.
-    damping : float
+    damping : float, optional
         See :func:`scale_by_mfac`.
     momentum : float, optional
-        Decay rate of the sum of past steps, as in ``optax.sgd``; none by default.
+        Decay rate of the sum of past steps, as in ``optax.sgd``, or of their mean in the scale-free
+        form; none by default.
     weight_decay : float, optional
         Decoupled decay, times lr; none by default. With it, ``update`` needs the parameters.
+    nesterov : bool, default False
+        Whether to look ahead along the momentum, as in ``optax.sgd``.
+    mask : pytree of bool, or a function from the parameters to one, optional
+        What the decay is for, see ``optax.add_decayed_weights``; all by default.
     dtype : dtype, default "float32"
         Of the window; see :func:`mfac_core.functional.init`.
 
@@ -164,7 +206,9 @@ def mfac(
     """
     parts = [scale_by_mfac(window_size, damping, dtype=dtype)]
     if momentum is not None:
-        parts.append(optax.trace(momentum))
+        parts.append(optax.trace(momentum, nesterov))
+        if damping is None:
+            parts.append(optax.scale(1.0 - momentum))
     if weight_decay is not None:
-        parts.append(optax.add_decayed_weights(weight_decay))
+        parts.append(optax.add_decayed_weights(weight_decay, mask))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))

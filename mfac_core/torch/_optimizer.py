@@ -12,6 +12,7 @@ import torch
 
 from mfac_core._operators.sliding import SlidingInverseFisher
 from mfac_core._rows.base import Reduce
+from mfac_core._scale_free import RIDGE
 from mfac_core._validate import NonFiniteError
 from mfac_core._warn import warn
 from mfac_core.torch import _scale_free, _state
@@ -436,7 +437,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
             dtype=self.window_dtype or saved or promoted,
             device=torch.device(self.window_device or device),
             wide=torch.promote_types(promoted, torch.float32),
-            ridge=_scale_free.RIDGE,
+            ridge=RIDGE,
             reduce=self.reduce,
         )
 

@@ -7,21 +7,10 @@ from typing import Any
 
 import torch
 
+from mfac_core._scale_free import FAINT
 from mfac_core.torch._memory import Memory
 
 Tensor = Any
-
-RIDGE = 0.6
-"""mλ of the scale-free step, in which gradients have length 1: the best on trials of the tasks in
-examples/experiments/train_*.py, which prefer it little to a third or three times of it.
-"""
-
-FAINT = 2.0**-12
-"""Root mean square of a parameter's gradient, beside that of the whole, below which it is noise.
-
-Its mean square is then below 2⁻²⁴ of the whole's, which is where float32 rounds it off: a gradient
-that in exact arithmetic is zero, such as that of a bias before a normalisation, is of this size.
-"""
 
 LARGEST_EXPONENT = 100
 """Of a length that numbers in float32 can be divided by without leaving it."""

@@ -1,10 +1,10 @@
 """Prune networks by :class:`mfac_core.torch.Pruner` as it stands, beside the paper's settings.
 
 Run ``python examples/experiments/prune_defaults.py --network cnn`` or ``--network resnet``: prunes
-the networks of ``prune_fashion.py`` in 16 steps with fresh gradients, without fine-tuning: by the
-paper's update as its authors set it, blocks of 128, 64 rows of 32 images, λ 1e-5; with no argument
-but the model, the loss and the data; and without the first and the last layer. Writes a table and
-all numbers to ``docs/results``.
+the networks of ``prune_fashion.py`` in 16 steps with fresh gradients, without fine-tuning, once
+with no argument but the model, the loss and the data, and once by the paper's update as its authors
+set it: blocks of 128, 64 rows of 32 images, λ 1e-5. Writes a table and all numbers to
+``docs/results``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from data import Split, fashion_mnist
-from networks import evaluate, weights_of
+from networks import evaluate
 from prune_fashion import CACHE, NETWORKS, prepared
 from pruning_report import accuracies
 from seeds import options, save, seeds_of
@@ -28,8 +28,7 @@ from mfac_core.torch import Pruner
 STEPS = {0.5: 4, 0.7: 3, 0.8: 2, 0.9: 4, 0.95: 3}
 """The sparsities to look at, and in how many steps each is reached from the one before."""
 PAPER = {"update": "independent", "damping": 1e-5, "block_size": 128, "rows": 64}
-ENDS = "the same, `exclude=` first and last layer"
-METHODS = {"the paper's, its settings": PAPER, "`Pruner(model, loss_fn, batches)`": {}, ENDS: {}}
+METHODS = {"the paper's, its settings": PAPER, "Pruner(model, loss_fn, batches)": {}}
 BATCH = 32
 
 
@@ -47,11 +46,7 @@ def records_of(network: str, seed: int, data: Split, cache: Path, quick: bool) -
         torch.manual_seed(seed)
         images = TensorDataset(x, y)
         batches = DataLoader(images, batch_size=BATCH, shuffle=True, drop_last=True)
-        options = settings | ({"rows": 4} if quick else {})
-        if method == ENDS:
-            weights = weights_of(model)
-            options["exclude"] = [weights[0], weights[-1]]
-        pruner = Pruner(model, loss_fn, batches, **options)
+        pruner = Pruner(model, loss_fn, batches, **settings | ({"rows": 4} if quick else {}))
         for (before, after), steps in zip(pairwise((0.0, *STEPS)), STEPS.values(), strict=True):
             for share in exponential_schedule(after, 1 if quick else steps, initial=before):
                 step = pruner.step(share)

@@ -213,7 +213,8 @@ class Losses:
             is_narrow = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
             return x.astype(jnp.float64) if is_narrow else x
 
-        return jax.tree.map(widened, batch)
+        with self.precision():
+            return jax.tree.map(widened, batch)
 
 
 def _flattened(rows: Tree) -> list[Array]:

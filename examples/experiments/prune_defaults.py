@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from data import Split, fashion_mnist
 from networks import evaluate
-from prune_fashion import CACHE, NETWORKS, prepared
+from prune_fashion import arguments, prepared
 from pruning_report import accuracies
-from seeds import options, save, seeds_of
+from seeds import save, seeds_of
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -62,12 +62,7 @@ def records_of(network: str, seed: int, data: Split, cache: Path, quick: bool) -
 
 def main(argv: list[str] | None = None) -> None:
     """Train, prune, write."""
-    parser = options("pruning by the defaults")
-    parser.add_argument("--network", choices=list(NETWORKS), default="cnn")
-    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's four IDX files")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for trained networks")
-    args = parser.parse_args(argv)
-
+    args = arguments("pruning by the defaults", argv)
     data = fashion_mnist(args.data)
     records = []
     for seed in seeds_of(args):

@@ -8,6 +8,7 @@ all numbers to ``docs/results``. Trained networks are kept in ``--cache``.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -104,14 +105,18 @@ def write(network: str, records: list[dict], folder: Path) -> None:
     draw(folder / f"fashion-{network}.png", free, f"Fashion-MNIST, {network}, no fine-tuning")
 
 
+def arguments(description: str, argv: list[str] | None) -> argparse.Namespace:
+    """Return the arguments of a script that prunes one of the networks."""
+    parser = options(description)
+    parser.add_argument("--network", choices=list(NETWORKS), default="cnn")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's four IDX files")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for trained networks")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train, prune, write."""
-    parser = options("pruning on Fashion-MNIST")
-    parser.add_argument("--network", choices=list(NETWORKS), default="cnn")
-    parser.add_argument("--data", type=Path, help="folder of the four IDX files")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for trained networks")
-    args = parser.parse_args(argv)
-
+    args = arguments("pruning on Fashion-MNIST", argv)
     data = fashion_mnist(args.data)
     records = []
     for seed in seeds_of(args):

@@ -15,9 +15,9 @@ import torch
 from data import Split, fashion_mnist
 from networks import evaluate
 from prune_defaults import BATCH, loss_fn
-from prune_fashion import CACHE, NETWORKS, prepared
+from prune_fashion import arguments, prepared
 from pruning_report import accuracies
-from seeds import options, save, seeds_of
+from seeds import save, seeds_of
 from torch.utils.data import DataLoader, TensorDataset
 
 from mfac_core.torch import Pruner
@@ -64,12 +64,7 @@ def written(records: list[dict]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, prune, write."""
-    parser = options("the damping of the Pruner")
-    parser.add_argument("--network", choices=list(NETWORKS), default="cnn")
-    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's four IDX files")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for trained networks")
-    args = parser.parse_args(argv)
-
+    args = arguments("the damping of the Pruner", argv)
     data = fashion_mnist(args.data)
     records = []
     for seed in seeds_of(args):

@@ -6,7 +6,7 @@ exact integers, and the products of different scales are summed in float64. What
 to be small beforehand, from the scales alone: that is the certificate.
 
 This is the NumPy reference, in which the exact products are float32 ones of small integers, and on
-CuPy the same by int8 products of cuBLAS. Both are bodies of :func:`mfac_core._ops.rows.gram`.
+CuPy the same by int8 products of cuBLAS, a body of :func:`mfac_core._ops.rows.gram`.
 """
 
 from __future__ import annotations

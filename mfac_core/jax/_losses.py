@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from mfac_core._arrays import Array
 from mfac_core._progress import track
+from mfac_core._rows.passes import difference
 from mfac_core._validate import NonFiniteError
 
 NDArray = np.ndarray[Any, Any]
@@ -138,13 +139,10 @@ class Losses:
 
     def check(self, at: slice, losses: Array, batch: Tree) -> None:
         """Raise where the losses of a batch are not those of the first pass; says why."""
-        now, then = np.asarray(losses, np.float64), self.recorded[at]
         if self.are_recorded(at, losses):
             return
-        i = at.start + (0 if len(now) != len(then) else int(np.argmax(np.abs(now - then))))
-        was = f"the loss of row {i} was {self.recorded[i]:.6g}"
-        if len(now) == len(then):
-            was += f" and is now {now[i - at.start]:.6g}"
+        now = np.asarray(losses, np.float64)
+        was = difference(at, now, self.recorded)
         msg = f"batches must give the same losses in every pass, {was}: {self._why(now, batch)}"
         raise RuntimeError(msg)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mfac_core._rows.passes import difference
 from mfac_core._validate import NonFiniteError
 from mfac_core.torch import _batches
 from mfac_core.torch._gradients import Loss, bar, common_dtype
@@ -120,10 +121,7 @@ class Losses(torch.nn.Module):  # type: ignore[misc]
         now, then = _recorded(losses), self.recorded[at]
         if len(now) == len(then) and self._same(now, then):
             return
-        i = at.start + (0 if len(now) != len(then) else int((now - then).abs().argmax()))
-        was = f"the loss of row {i} was {float(self.recorded[i]):.6g}"
-        if len(now) == len(then):
-            was += f" and is now {float(now[i - at.start]):.6g}"
+        was = difference(at, now.numpy(), self.recorded.numpy())
         msg = f"batches must give the same losses in every pass, {was}: {self._why(now, batch)}"
         raise RuntimeError(msg)
 

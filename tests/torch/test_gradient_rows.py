@@ -264,7 +264,9 @@ def out_of(kind, path, shape):
     if kind == "memmap":
         return np.memmap(path / "rows.f32", np.float32, "w+", shape=shape)
     if kind == "h5py":
-        file = pytest.importorskip("h5py").File(path / "rows.h5", "w")
+        file = pytest.importorskip("h5py", reason="h5py is not installed").File(
+            path / "rows.h5", "w"
+        )
         return file.create_dataset("rows", shape, "f4")
     if kind == "zarr":
         zarr = pytest.importorskip("zarr", reason="zarr is not installed")

@@ -41,6 +41,12 @@ LARGEST_WINDOW_ROUNDING = 2.0**-14
 LARGEST_PRODUCT_ERROR = 1e-5
 """Estimated relative error of F⁻¹x for which float32 products, or a silent result, will do."""
 
+ROWS_A_CORRECTION = 32
+"""Rows for each of which a product is corrected before a Gram in float64 is formed for them.
+
+A pass in float64 takes as long as about so many rows of that Gram.
+"""
+
 SMALLEST_FLOAT32_REST = 2.0**-14
 """What a subtraction may leave of 1 in float32 passes; where it is less, they run in float64."""
 
@@ -149,7 +155,7 @@ class Digits:
         self._largest_rounding = largest_rounding
         self._patience = patience
         self.checked, self.exact = checked, exact
-        self.steps = self.float64_steps = 0
+        self.steps = self.float64_steps = self._corrected = 0
 
     # -- the Gram --------------------------------------------------------------------------
 
@@ -204,22 +210,43 @@ class Digits:
 
     # -- products --------------------------------------------------------------------------
 
-    def product(self, what: str, x: Any, formula: Callable[[Any], tuple[Any, Array]]) -> Any:
-        """Return y = (x − Gᵀc)/λ: after an exact Gram if that cancels too much, or warned.
+    def product(
+        self,
+        what: str,
+        x: Any,
+        formula: Callable[[Any], tuple[Any, Array]],
+        corrected: Callable[[Any, Array], Any],
+    ) -> Any:
+        """Return y = (x − Gᵀc)/λ: by float64 passes if that cancels too much, or warned.
 
-        ``formula(x)`` gives y and c. On a device to look at them would mean to wait, and its
-        products are in float64 anyway.
+        ``formula(x)`` gives y and c, and ``corrected(x, c)`` y by passes in float64 and a step of
+        refinement, for which the Gram of a settled dual does in float32: so a few products do not
+        have to pay for another. On a device to look at them would mean to wait, and its products
+        are in float64 anyway.
         """
         y, c = formula(x)
         if not self.rows.home.is_host:
             return y
         float64 = self.products_are_float64(x)
         if not float64 and self._loses(x, y, c, FLOAT32):
-            self.go_to_float64()
-            float64, (y, c) = True, formula(x)
+            if self._may_correct(c):
+                float64, y = True, corrected(x, c)
+            else:
+                self.go_to_float64()
+                float64, (y, c) = True, formula(x)
         if float64 and self._loses(x, y, c, FLOAT64):
             self.warn(what)
         return y
+
+    def _may_correct(self, c: Array) -> bool:
+        """Whether correcting products is still the cheaper way, and count those with c.
+
+        Of rows in files a Gram takes one pass; those of a window change, and it with them.
+        """
+        if self._patience is not None or not isinstance(self.rows, ArrayRows):
+            return False
+        self._corrected += 1 if c.ndim == 1 else c.shape[1]
+        return self._corrected * ROWS_A_CORRECTION <= len(self.dual)
 
     def products_are_float64(self, x: Any) -> bool:
         """Whether products with x run in float64."""

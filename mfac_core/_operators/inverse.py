@@ -137,7 +137,7 @@ class DampedInverse(LowRankOperator):
     def _apply(self, x: Any) -> Any:
         if is_traced(first_of(x)):
             return traced.apply(self._like(), x, self._damping, self._divisor, self._solve_traced)
-        return self._digits.product("F⁻¹x", x, self._formula)
+        return self._digits.product("F⁻¹x", x, self._formula, self._corrected)
 
     def _formula(self, x: Any) -> tuple[Any, Array]:
         """F⁻¹x = (x − Gᵀc)/λ, and c = A⁻¹Gx."""
@@ -154,16 +154,25 @@ class DampedInverse(LowRankOperator):
         if self._digits.refined(before, y):
             y, before = self._steps(x, steps)
             self._digits.refined(before, y)
+        return self._given_back(y, x)
+
+    def _corrected(self, x: Any, c: Array) -> Any:
+        """F⁻¹x = (x − Gᵀc)/λ by passes in float64, and a step of refinement from c = A⁻¹Gx on."""
+        return self._given_back(self._steps(x, 1, c)[0], x)
+
+    def _given_back(self, y: Any, x: Any) -> Any:
+        """Return a product that was taken in float64 as one with x has to be."""
         dtype = self._product_dtype(x)
         if isinstance(x, list):
             return [send(z, piece, dtype) for z, piece in zip(y, x, strict=True)]
         return send(y, self._like(), dtype)
 
-    def _steps(self, x: Any, steps: int) -> tuple[Any, Any]:
+    def _steps(self, x: Any, steps: int, c: Array | None = None) -> tuple[Any, Any]:
         """Return F⁻¹x after some steps of refinement, and before the last of them."""
         n, damping = self._divisor, self._damping
         wide = widened(x)
-        c = self._dual.solve(self._rows.project(wide))
+        if c is None:
+            c = self._dual.solve(self._rows.project(wide))
         y = self._rows.combine_wide(-c / damping, wide, 1.0 / damping)
         for _ in range(steps):
             change = n * self._dual.solve(c - self._rows.project(y) / n)
@@ -178,7 +187,7 @@ class DampedInverse(LowRankOperator):
             c, alpha = self._dual.solve(self._rows.take(np.array([j]))[:, 0]), 1.0 / self._damping
             return self._rows.combine(-alpha * c, unit, alpha, dtype=unit.dtype), c
 
-        return self._digits.product("A column of F⁻¹", self._unit(j), formula)
+        return self._digits.product("A column of F⁻¹", self._unit(j), formula, self._corrected)
 
     def _spread(self, z: Array) -> Any:
         """Return Gᵀ A⁻¹ z, in the gradients' library and dtype."""

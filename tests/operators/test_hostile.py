@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import BACKENDS, relative_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mfac_core as mfac
-from tests.conftest import BACKENDS, relative_error
 
 # Decimal exponents of the gradients' scale, and of damping: subnormals and overflow included.
 EXPONENTS = {

@@ -1,7 +1,11 @@
 """Sphinx configuration; build with ``python -m sphinx -W -n docs docs/_build/html``."""
 
-import ast
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+import mfac_site
 
 import mfac_core
 
@@ -16,12 +20,30 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",  # the site itself has it, and asks nobody
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
+    "mfac_site",
 ]
-exclude_patterns = ["_build", "results"]  # results are included by pages
+exclude_patterns = ["_build", "results", "sg_execution_times.rst"]  # pages include results
 templates_path = ["_templates"]
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/tutorials",
+    "gallery_dirs": "tutorials",
+    "filename_pattern": "plot_",
+    "image_scrapers": ("mfac_site.svg_scraper",),
+    "reset_modules": ("mfac_site.use_style",),
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "show_signature": False,
+    "min_reported_time": 1e9,
+    "write_computation_times": False,  # they would be of a busy machine
+}
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -30,19 +52,7 @@ myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 
 
-def list_scripts() -> str:
-    """Return a table of the scripts in examples, with the first lines of their docstrings."""
-    root = Path(__file__).parents[1]
-    rows = ["| script | what it does |", "| --- | --- |"]
-    for path in sorted(root.glob("examples/**/*.py"), key=lambda path: (path.parent, path)):
-        text = path.read_text(encoding="utf-8")
-        if 'if __name__ == "__main__":' in text:
-            summary = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-            rows.append(f"| `{path.relative_to(root).as_posix()}` | {summary} |")
-    return "\n".join(rows)
-
-
-myst_substitutions = {"scripts": list_scripts()}
+myst_substitutions = {"scripts": mfac_site.list_scripts()}
 
 # The reference follows __all__: a public name cannot be forgotten, nor a removed one linger.
 autosummary_ignore_module_all = False
@@ -60,17 +70,3 @@ html_title = f"mfac_core {release}"
 html_theme_options = {"navbar_center": [], "show_prev_next": True, "show_toc_level": 2}
 html_sidebars = {"**": ["pages"]}  # the header would hold five of them
 html_show_sourcelink = False
-
-
-def trim_mathjax(app, error):
-    """Leave out of the site what TeX in pages never asks of MathJax: most of 24 MB."""
-    root = Path(app.outdir) / "_static" / "mathjax"
-    needed = ("tex-chtml.js", "input/tex/", "output/chtml/", "ui/")
-    for path in root.rglob("*"):
-        if path.is_file() and not path.relative_to(root).as_posix().startswith(needed):
-            path.unlink()
-
-
-def setup(app):
-    """Trim after the extension has copied."""
-    app.connect("build-finished", trim_mathjax, priority=900)

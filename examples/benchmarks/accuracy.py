@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     columns |= {name: f"{{{name}:.0e}}" for name in METHODS}
     held = [row for row in results if row["x"] == "the last gradient"]
     report.table("damping", [row for row in held if row["exponent"] % 2 == 0], columns)
-    report.figure("damping", draw(results))
+    report.figure("damping", lambda: draw(results))
     report.write()
 
 

@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
             "memory / gradients": "{memory:.2f}",
         },
     )
-    report.figure("static", draw(results))
+    report.figure("static", lambda: draw(results))
     columns = {"gradients": "{title}", "": "{peer}", "a step": "{step_s_ratio:.2f}"}
     report.table("window", steps, columns)
     report.write()

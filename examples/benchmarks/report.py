@@ -7,15 +7,17 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
+STYLE = ROOT / "examples" / "figures.mplstyle"
 
 Row = Mapping[str, Any]
 
@@ -65,18 +67,13 @@ def _processor() -> str:
 
 
 def panels(rows: int, columns: int) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure and its panels, row by row; white, to be readable on any page."""
-    size = (1.0 + 3.6 * columns, 0.4 + 3.0 * rows)
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    """Return a figure and its panels, row by row."""
+    figure = Figure(figsize=(1.0 + 3.6 * columns, 0.4 + 3.0 * rows))
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 class Report:
-    """The results of one script: NAME.json, and NAME-PART.md and NAME-PART.png of its parts.
+    """The results of one script: NAME.json, and NAME-PART.md and NAME-PART.svg of its parts.
 
     Parameters
     ----------
@@ -128,9 +125,10 @@ class Report:
         where = f"{about['cores']} cores of {about['processor']}"
         return f"*{about['date']}; {where}; Python {about['python']}, {packages}*"
 
-    def figure(self, part: str, figure: Figure) -> None:
-        """Save a picture."""
-        figure.savefig(self.output / f"{self.name}-{part}.png", dpi=130)
+    def figure(self, part: str, draw: Callable[[], Figure]) -> None:
+        """Draw a picture, for pages light or dark, and save it."""
+        with matplotlib.rc_context(fname=STYLE):
+            draw().savefig(self.output / f"{self.name}-{part}.svg", metadata={"Date": None})
 
     def write(self) -> None:
         """Write all rows as JSON."""

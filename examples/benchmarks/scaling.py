@@ -228,13 +228,13 @@ def main(argv: list[str] | None = None) -> None:
     lengths = [100, 1000] if quick else [10_000, 100_000, 1_000_000, 10_000_000]
     rows = [inverse(rng, 16, d, repeats) for d in lengths]
     report.table("d", rows, COLUMNS)
-    report.figure("d", draw(rows, "d", ["setup", "product"], "d, for m 16"))
+    report.figure("d", lambda: draw(rows, "d", ["setup", "product"], "d, for m 16"))
 
     d = 200 if quick else 10_000
     counts = [4, 16] if quick else [16, 64, 256, 512, 1024, 2048]
     rows = [{**inverse(rng, m, d, repeats), **step(rng, m, d, repeats)} for m in counts]
     report.table("m", rows, COLUMNS | STEP)
-    report.figure("m", draw(rows, "m", ["setup", "product", "step"], f"m, for d {d:,}"))
+    report.figure("m", lambda: draw(rows, "m", ["setup", "product", "step"], f"m, for d {d:,}"))
 
     m, d = (8, 400) if quick else (256, 20_000)
     rows = vectors(rng, m, d, [1, 4] if quick else [1, 4, 16, 64, 256], repeats)
@@ -248,7 +248,9 @@ def main(argv: list[str] | None = None) -> None:
             "× two sgemv passes for each": "{one_ratio:.2f}",
         },
     )
-    report.figure("vectors", draw(rows, "k", ["each"], f"vectors at once, for m {m}, d {d:,}"))
+    report.figure(
+        "vectors", lambda: draw(rows, "k", ["each"], f"vectors at once, for m {m}, d {d:,}")
+    )
 
     if importlib.util.find_spec("torch"):
         report.table(

@@ -19,6 +19,7 @@ import numpy as np
 import prune_digits
 import prune_fashion
 from data import fashion_mnist
+from figures import drawing
 from networks import evaluate, set_weights, track
 from pruning_methods import Run, run_of
 from seeds import options, save, seeds_of, select, spread, table, unique
@@ -235,28 +236,24 @@ def choices(records: list[dict]) -> str:
 
 def draw(path: Path, records: list[dict]) -> None:
     """Draw each task's score against λ, and where the methods' choices lie."""
-    from matplotlib.figure import Figure
-
     tasks = unique(records, "task")
     rows = -(-len(tasks) // 2)
-    figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
-    for place, task in enumerate(tasks, 1):
-        axes = figure.add_subplot(rows, 2, place)
-        own = [r for r in records if r["task"] == task]
-        curve = means(records, task)
-        axes.semilogx(
-            [r["damping"] for r in curve], [r["score"] for r in curve], "o-", color="#999999",
-            label="grid, mean over seeds",
-        )  # fmt: skip
-        for method, colour in zip(METHODS, ("#0072B2", "#E69F00", "#009E73"), strict=True):
-            found = [r for r in own if r["by"] == method]
-            points = [r["damping"] for r in found], [r["score"] for r in found]
-            axes.plot(*points, "D", color=colour, ms=5, label=method)
-        axes.set_title(task, fontsize="medium")
-        axes.set(xlabel="λ", ylabel=own[0]["measure"])
-        axes.grid(alpha=0.25)
-    figure.axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with drawing(path, 10, 2.6 * rows) as figure:
+        for place, task in enumerate(tasks, 1):
+            axes = figure.add_subplot(rows, 2, place)
+            own = [r for r in records if r["task"] == task]
+            curve = means(records, task)
+            axes.semilogx(
+                [r["damping"] for r in curve], [r["score"] for r in curve], "o-", color="#999999",
+                label="grid, mean over seeds",
+            )  # fmt: skip
+            for method, colour in zip(METHODS, ("#0072B2", "#E69F00", "#009E73"), strict=True):
+                found = [r for r in own if r["by"] == method]
+                points = [r["damping"] for r in found], [r["score"] for r in found]
+                axes.plot(*points, "D", color=colour, ms=5, label=method)
+            axes.set_title(task, fontsize="medium")
+            axes.set(xlabel="λ", ylabel=own[0]["measure"])
+        figure.axes[0].legend()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -283,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         else "choose-damping-" + "-".join(args.tasks)
     )
     save(args.output, name, {"grid": grid.tolist()}, records, {"table": choices(records)})
-    draw(args.output / f"{name}.png", records)
+    draw(args.output / f"{name}.svg", records)
 
 
 if __name__ == "__main__":

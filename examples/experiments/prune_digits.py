@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         "longer": accuracies(longer, f"test accuracy after {again} epochs at"),
     }
     save(args.output, "digits", SETTINGS, [*records, *longer], tables)
-    draw(args.output / "digits.png", records, "Digits MLP, no fine-tuning")
+    draw(args.output / "digits.svg", records, "Digits MLP, no fine-tuning")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def write(network: str, records: list[dict], folder: Path) -> None:
         tables["settled"] = accuracies(free, value="settled")
     settings = SETTINGS[network] | TRAINING[network]
     save(folder, f"fashion-{network}", settings, records, tables)
-    draw(folder / f"fashion-{network}.png", free, f"Fashion-MNIST, {network}, no fine-tuning")
+    draw(folder / f"fashion-{network}.svg", free, f"Fashion-MNIST, {network}, no fine-tuning")
 
 
 def arguments(description: str, argv: list[str] | None) -> argparse.Namespace:

@@ -27,6 +27,8 @@ from scipy.stats import spearmanr
 from seeds import options, save, seeds_of, select, spread, table, unique
 from torch.nn.utils import parameters_to_vector
 
+from mfac_core import choose_damping
+
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
 METHOD_NAMES = ("magnitude", "diagonal Fisher", "the paper's", "joint")
 SETTINGS = {"rows": 256, "average": 8, "damping": 1e-6, "block_size": 32}
@@ -36,8 +38,8 @@ CHOSEN_AT = 0.5
 """Sparsity at which λ and the lengths of blocks are compared."""
 BLOCKS: tuple[int | str, ...] = ("a layer", 32)
 """Lengths of the Fisher matrix's blocks that are compared."""
-DAMPINGS = (1e-6, 1e-5, 1e-4)
-"""Values of λ that are compared."""
+DAMPINGS: tuple[float | str, ...] = (1e-6, 1e-5, 1e-4, "auto")
+"""Values of λ that are compared; "auto" is what the rows choose."""
 
 Embed = Callable[[list[str]], torch.Tensor]
 """From sentences to vectors of length 1, one a row."""
@@ -187,20 +189,28 @@ def records_of(seed: int, quick: bool) -> list[dict]:
 def choices_of(seed: int, quick: bool) -> list[dict]:
     """Prune once for every length of blocks and λ."""
     run, _, measure = prepared(seed, quick)
-    choices = list(product(BLOCKS[:1], DAMPINGS[:2]) if quick else product(BLOCKS, DAMPINGS))
+    choices = list(product(BLOCKS[:1], DAMPINGS[::3]) if quick else product(BLOCKS, DAMPINGS))
     records = []
     for size, damping in track(choices, f"choices, seed {seed}"):
         lengths = block_lengths(size, measure.layers)
-        pruned = run.prune(sparsity=CHOSEN_AT, damping=damping, block_size=lengths)
-        records.append({"seed": seed, "block_size": size, "damping": damping, **measure(pruned)})
+        value = damping
+        if damping == "auto":
+            value = choose_damping(run.gradients, block_size=lengths)
+        pruned = run.prune(sparsity=CHOSEN_AT, damping=value, block_size=lengths)
+        record = {"seed": seed, "block_size": size, "damping": damping, "value": value}
+        records.append({**record, **measure(pruned)})
     return records
 
 
 def choice_table(records: list[dict]) -> str:
     """Write a table of lengths of blocks against λ."""
 
-    def cell(size: str | int, damping: float) -> str:
-        return spread(select(records, "distance", block_size=size, damping=damping))
+    def cell(size: str | int, damping: float | str) -> str:
+        distance = spread(select(records, "distance", block_size=size, damping=damping))
+        if damping != "auto":
+            return distance
+        values = select(records, "value", block_size=size, damping=damping)
+        return f"{distance}, λ {' '.join(f'{value:.0e}' for value in values)}"
 
     dampings = unique(records, "damping")
     rows = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from figures import drawing
 from networks import evaluate, gradient_rows, set_weights
 from pruning_methods import Run
 from seeds import select, spread, table, unique
@@ -88,20 +89,16 @@ def rises(records: Sequence[dict], sparsity: float) -> str:
 
 def draw(path: Path, records: Sequence[dict], title: str) -> None:
     """Draw the mean over seeds of each method's accuracies, with their range as a band."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    sparsities = unique(records, "sparsity")
-    for method in unique(records, "method"):
-        colour, marker, line = STYLES[method]
-        runs = [select(records, "accuracy", method=method, sparsity=s) for s in sparsities]
-        mean, low, high = (f(np.array(runs), axis=1) for f in (np.mean, np.min, np.max))
-        axes.fill_between(sparsities, low, high, color=colour, alpha=0.12, lw=0)
-        label = method.replace("`", "")
-        axes.plot(sparsities, mean, line, marker=marker, ms=4, color=colour, label=label)
-    axes.set(xlabel="sparsity", ylabel="test accuracy", title=title)
-    axes.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with drawing(path, 7, 4.5) as figure:
+        axes = figure.subplots()
+        sparsities = unique(records, "sparsity")
+        for method in unique(records, "method"):
+            colour, marker, line = STYLES[method]
+            runs = [select(records, "accuracy", method=method, sparsity=s) for s in sparsities]
+            mean, low, high = (f(np.array(runs), axis=1) for f in (np.mean, np.min, np.max))
+            axes.fill_between(sparsities, low, high, color=colour, alpha=0.12, lw=0)
+            label = method.replace("`", "")
+            axes.plot(sparsities, mean, line, marker=marker, ms=4, color=colour, label=label)
+        axes.set(xlabel="sparsity", ylabel="test accuracy", title=title)
+        axes.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
+        axes.legend()

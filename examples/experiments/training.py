@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import drawing
 from networks import track
 from seeds import save, seeds_of, select, spread, table, unique
 from torch import Tensor, nn
@@ -144,25 +145,20 @@ def results(task: Task, records: list[dict]) -> str:
 
 def draw(path: Path, task: Task, records: list[dict]) -> None:
     """Draw the tuned runs: the training loss by step and by time, mean and range over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(task.title)
-    by_step, by_time = figure.subplots(1, 2, sharey=True)
-    for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
-        losses = np.array(select(records, "losses", method=name))
-        ends = (np.arange(POINTS) + 1) / POINTS
-        seconds = np.mean(select(records, "seconds", method=name))
-        for axes, length in ((by_step, task.steps), (by_time, seconds)):
-            x = ends * length
-            axes.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, lw=0)
-            axes.plot(x, losses.mean(0), color=colour, label=name)
-    by_step.set(xlabel="step", ylabel="training loss", yscale="log")
-    by_time.set(xlabel="seconds of one core")
-    for axes in (by_step, by_time):
-        axes.grid(alpha=0.25)
-    by_step.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with drawing(path, 11, 4.2) as figure:
+        figure.suptitle(task.title)
+        by_step, by_time = figure.subplots(1, 2, sharey=True)
+        for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
+            losses = np.array(select(records, "losses", method=name))
+            ends = (np.arange(POINTS) + 1) / POINTS
+            seconds = np.mean(select(records, "seconds", method=name))
+            for axes, length in ((by_step, task.steps), (by_time, seconds)):
+                x = ends * length
+                axes.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, lw=0)
+                axes.plot(x, losses.mean(0), color=colour, label=name)
+        by_step.set(xlabel="step", ylabel="training loss", yscale="log")
+        by_time.set(xlabel="seconds of one core")
+        by_step.legend()
 
 
 def shortened(task: Task, args: argparse.Namespace) -> tuple[Task, range]:
@@ -178,4 +174,4 @@ def report(name: str, task: Task, args: argparse.Namespace) -> None:
     settings = {"steps": task.steps, "window": WINDOW, "density": DENSITY}
     settings["rates"] = {name: rates for name, (_, rates) in OPTIMIZERS.items()}
     save(args.output, name, settings, records, {"table": results(task, records)})
-    draw(args.output / f"{name}.png", task, records)
+    draw(args.output / f"{name}.svg", task, records)

@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
+from figures import drawing
 from networks import track
 from seeds import save, select, spread, table
 from training import DEFAULT, Task, mfac, run, shortened
@@ -47,31 +48,29 @@ def write(name: str, task: Task, records: list[dict], folder: Path) -> None:
     header += [f"{what}, rate {lr}" for what in (task.measure, "training loss") for lr in RATES]
     tables = {"table": table([*header, "ms a step"], rows)}
     save(folder, name, {"rates": RATES, "steps": task.steps}, records, tables)
-    draw(folder / f"{name}.png", task, records)
+    draw(folder / f"{name}.svg", task, records)
 
 
 def draw(path: Path, task: Task, records: list[dict]) -> None:
     """Draw the measure on test data, training loss and cost against the size of the window."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    figure.suptitle(f"{task.title}, by the size of M-FAC's window")
-    panels = figure.subplots(1, 3)
-    for axes, value, label, scale in zip(
-        panels,
-        ("test", "loss", "seconds"),
-        (task.measure, "training loss", "ms a step, one core"),
-        (1.0, 1.0, 1000 / task.steps),
-        strict=True,
-    ):
-        for lr, colour in zip(RATES, COLOURS, strict=True):
-            runs = [scale * np.array(select(records, value, window=m, rate=lr)) for m in WINDOWS]
-            lowest, highest = (np.array([f(some) for some in runs]) for f in (np.min, np.max))
-            axes.fill_between(WINDOWS, lowest, highest, color=colour, alpha=0.15, lw=0)
-            axes.plot(WINDOWS, np.mean(runs, axis=1), "o-", color=colour, label=f"rate {lr}")
-        axes.set(xscale="log", xlabel="window size", ylabel=label)
-        axes.set_xticks(WINDOWS, WINDOWS, minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.25)
-    panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with drawing(path, 11, 3.6) as figure:
+        figure.suptitle(f"{task.title}, by the size of M-FAC's window")
+        panels = figure.subplots(1, 3)
+        for axes, value, label, scale in zip(
+            panels,
+            ("test", "loss", "seconds"),
+            (task.measure, "training loss", "ms a step, one core"),
+            (1.0, 1.0, 1000 / task.steps),
+            strict=True,
+        ):
+            for lr, colour in zip(RATES, COLOURS, strict=True):
+                runs = [
+                    scale * np.array(select(records, value, window=m, rate=lr)) for m in WINDOWS
+                ]
+                lowest, highest = (np.array([f(some) for some in runs]) for f in (np.min, np.max))
+                axes.fill_between(WINDOWS, lowest, highest, color=colour, alpha=0.15, lw=0)
+                axes.plot(WINDOWS, np.mean(runs, axis=1), "o-", color=colour, label=f"rate {lr}")
+            axes.set(xscale="log", xlabel="window size", ylabel=label)
+            axes.set_xticks(WINDOWS, WINDOWS, minor=False)
+            axes.minorticks_off()
+        panels[0].legend()

@@ -55,7 +55,7 @@ def test_training(name, tmp_path, monkeypatch):
     header, _, *rows = (tmp_path / f"{table}-table.md").read_text().splitlines()
     assert header.startswith("| optimiser | rate | training loss | test ")
     assert len(rows) == 7
-    assert (tmp_path / f"{table}.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / f"{table}.svg").read_text()
 
 
 def write_images(folder, rng):
@@ -86,7 +86,7 @@ def test_benchmarks(name, tables, pictures, tmp_path):
         lines = (tmp_path / f"{name}-{part}.md").read_text(encoding="utf-8").splitlines()
         assert sum(line.startswith("|") for line in lines) == len(rows) + 2
     for part in pictures:
-        assert (tmp_path / f"{name}-{part}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{name}-{part}.svg").read_text()
 
 
 def test_every_peer_gives_the_inverse(rng):
@@ -134,7 +134,7 @@ def test_pruning_digits(tmp_path):
     load("experiments/prune_digits.py").main(["--quick", "--output", str(tmp_path)])
     written = tables(tmp_path)
     assert len(written["digits-accuracy"]) == 2 + 8  # one line for each method
-    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "digits.svg").read_text()
     records = json.loads((tmp_path / "digits.json").read_text())["records"]
     trained = [r for r in records if r["sparsity"] == 0.5]
     assert all(r["accuracy"] > 0.9 for r in trained if r["method"] != "diagonal Fisher")
@@ -154,7 +154,7 @@ def test_the_choice_of_the_damping(tmp_path):
     assert header == "|  | the grid's best | leave-one-out | ledoit-wolf | oas |"
     assert len(rows) == 6
     assert all(row.count(", λ ") == 4 for row in rows)
-    assert (tmp_path / "choose-damping.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "choose-damping.svg").read_text()
 
 
 @pytest.mark.usefixtures("siblings")

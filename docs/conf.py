@@ -67,6 +67,11 @@ html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 html_title = f"mfac_core {release}"
-html_theme_options = {"navbar_center": [], "show_prev_next": True, "show_toc_level": 2}
+html_theme_options = {
+    "navbar_center": [],
+    "primary_sidebar_end": [],
+    "show_prev_next": True,
+    "show_toc_level": 2,
+}
 html_sidebars = {"**": ["pages"]}  # the header would hold five of them
 html_show_sourcelink = False

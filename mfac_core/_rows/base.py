@@ -19,6 +19,7 @@ from mfac_core._arrays import (
     home_of,
     is_jax_array,
     itemsize,
+    send,
     to_device,
     to_numpy,
     widen,
@@ -196,6 +197,9 @@ class Rows(ABC):
             pieces.append(ops.combine(part, c, piece, alpha, dtype=dtype, float64=float64))
         if isinstance(base, list):
             return pieces
+        if not pieces:  # no columns, as on a rank whose weights have all gone
+            none = self.home.zeros((0, *c.shape[1:]))
+            return none if dtype is None else send(none, self.like, dtype)
         return pieces[0] if len(pieces) == 1 else joined(pieces)
 
     def pair_products(self, columns: np.ndarray[Any, Any], right: Array) -> Array:

@@ -51,6 +51,23 @@ def test_masks_in_blocks_are_the_same_to_the_bit(rng, update, m):
             assert r.loss_increase == pytest.approx(expected.loss_increase, rel=1e-12)
 
 
+@pytest.mark.parametrize("update", ["joint", "independent"])
+@pytest.mark.parametrize("loss", [None, lambda weights: 0.0])
+def test_a_rank_that_keeps_nothing(problem, update, loss):
+    w, g = problem
+    w[D // 2 :] *= 1e-6
+    options = {"sparsity": 0.6, "damping": 0.1, "stages": 3, "update": update, "loss": loss}
+    expected = prune(w, g, **options)
+    parts = [slice(0, D // 2), slice(D // 2, D)]
+    first, last = on_ranks(
+        2, lambda here, reduce: prune(w[here], g[:, here], reduce=reduce, **options), parts
+    )
+    assert not last.mask.any()
+    assert not last.weights.any()
+    assert (first.mask == expected.mask[: D // 2]).all()
+    assert relative_error(first.weights, expected.weights[: D // 2]) <= 1e-9
+
+
 @pytest.mark.parametrize("pattern", [None, "2:4", 3])
 def test_the_whole_matrix(problem, pattern):
     w, g = problem

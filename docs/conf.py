@@ -19,6 +19,7 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",  # the site itself has it, and asks nobody
@@ -34,6 +35,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples/tutorials",
     "gallery_dirs": "tutorials",
     "filename_pattern": "plot_",
+    "within_subsection_order": "mfac_site.reading_order",
     "image_scrapers": ("mfac_site.svg_scraper",),
     "reset_modules": ("mfac_site.use_style",),
     "abort_on_example_error": True,
@@ -60,7 +62,8 @@ autosummary_imported_members = True
 autodoc_typehints = "none"  # the docstrings give the types, in words
 numpydoc_show_class_members = False  # the class template lists them
 
-# Other projects' names, in See Also; the build reads no inventories from the network.
+# Other projects' names: links to those in inventories, the others as they are.
+intersphinx_mapping = mfac_site.inventories()
 nitpick_ignore_regex = [("py:.*", r"(cupy|jax|numpy|optax|scipy|torch)\..*")]
 
 html_theme = "pydata_sphinx_theme"

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import tempfile
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +13,18 @@ from sphinx_gallery.scrapers import matplotlib_scraper
 
 ROOT = Path(__file__).parents[2]
 STYLE = ROOT / "examples" / "figures.mplstyle"
+
+READING_ORDER = (
+    "prune",
+    "train",
+    "influence",
+    "damping",
+    "laplace",
+    "pinn",
+    "out_of_core",
+    "ranks",
+)
+"""Of the tutorials."""
 
 NUMBER = re.compile(r"\S*\de[-+]?\d+\S*(?: (?:s|ms))?|\d[\d.,]* (?:s|ms|MB|GB|×)(?!\w)")
 
@@ -24,6 +38,29 @@ def list_scripts() -> str:
             summary = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
             rows.append(f"| `{path.relative_to(ROOT).as_posix()}` | {summary} |")
     return "\n".join(rows)
+
+
+def inventories() -> dict[str, tuple[str, str]]:
+    """Return where other projects' names are, as the files in inventories say, for intersphinx.
+
+    They hold an address, and a line for each name that these pages speak of; the build asks nobody.
+    """
+    folder, found = Path(tempfile.mkdtemp()), {}
+    for path in sorted((ROOT / "docs" / "inventories").glob("*.txt")):
+        address, *lines = path.read_text(encoding="utf-8").splitlines()
+        entries = (line.split() for line in lines)
+        text = "".join(f"{name} {role} 1 {place} -\n" for name, role, place in entries)
+        head = f"# Sphinx inventory version 2\n# Project: {path.stem}\n# Version: \n"
+        head += "# The remainder of this file is compressed using zlib.\n"
+        target = folder / f"{path.stem}.inv"
+        target.write_bytes(head.encode() + zlib.compress(text.encode()))
+        found[path.stem] = (address, str(target))
+    return found
+
+
+def reading_order(folder):
+    """Return the key by which the tutorials are sorted."""
+    return lambda name: READING_ORDER.index(Path(name).stem.removeprefix("plot_"))
 
 
 def use_style(gallery_conf, script):

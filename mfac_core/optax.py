@@ -25,7 +25,7 @@ __all__ = ["mfac", "scale_by_mfac"]
 
 
 def scale_by_mfac(
-    window_size: int, damping: Any = None, *, dtype: Any = "float32"
+    window_size: int = 64, damping: Any = None, *, dtype: Any = "float32"
 ) -> optax.GradientTransformation:
     """Multiply the gradient by the inverse of F = λI + (1/n) Σ gᵢgᵢᵀ over a window of gradients.
 
@@ -33,7 +33,7 @@ def scale_by_mfac(
 
     Parameters
     ----------
-    window_size : int
+    window_size : int, default 64
         m, the most gradients held.
     damping : float, optional
         λ > 0. Outside the span of the window the update is g/λ, so the learning rate goes with it.
@@ -146,9 +146,9 @@ def _as_before(x: Array, y: Array) -> Array:
 
 def mfac(
     learning_rate: optax.ScalarOrSchedule,
-    window_size: int,
+    window_size: int = 64,
     damping: Any = None,
-    momentum: Any = None,
+    momentum: Any = 0.9,
     weight_decay: Any = None,
     *,
     nesterov: bool = False,
@@ -159,19 +159,19 @@ def mfac(
 
     Without a damping the step is scale-free, and v = momentum · v + (1 − momentum) · direction, so
     that lr is how far parameters move, as in :class:`mfac_core.torch.MFAC`.
-    ``mfac(schedule, 64, momentum=0.9)`` is where to start, from about 0.01 to 0.
+    ``mfac(schedule)`` is where to start, from about 0.01 to 0.
 
     Parameters
     ----------
     learning_rate : float or schedule
         The factor lr, or a function from the step's number to it.
-    window_size : int
+    window_size : int, default 64
         See :func:`scale_by_mfac`.
     damping : float, optional
         See :func:`scale_by_mfac`.
-    momentum : float, optional
+    momentum : float or None, default 0.9
         Decay rate of the sum of past steps, as in ``optax.sgd``, or of their mean in the scale-free
-        form; none by default.
+        form; None for none.
     weight_decay : float, optional
         Decoupled decay, times lr; none by default. With it, ``update`` needs the parameters.
     nesterov : bool, default False

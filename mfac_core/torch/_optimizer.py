@@ -39,12 +39,12 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     lr : float or 0-d torch.Tensor, default 1e-2
         η, the learning rate. Without ``damping`` it is how far the weights move in a step: the
         root mean square over each parameter.
-    window_size : int
+    window_size : int, default 64
         m, the most gradients held: m·d elements of memory for d weights.
     damping : float, optional
         λ > 0 for the step −η F⁻¹g with F = λI + (1/n) Σ gᵢgᵢᵀ over the n gradients held, the newest
         gradient g among them. By default the step is scale-free, see Notes.
-    momentum : float, default 0.0
+    momentum : float, default 0.9
         β in [0, 1): the step is −ηv with v ← βv + (1 − β) F⁻¹g, as in the authors' code. It
         averages what torch.optim.SGD sums; η is then larger by 1/(1 − β).
     nesterov : bool, default False
@@ -88,8 +88,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     that, and of F⁻¹g only the direction is kept: each parameter's part is brought to a root mean
     square of 1 over its elements that are not zero. The step does not change when the loss is
     multiplied by a constant, and η is of the size it is in Adam. As steps do not shrink with the
-    gradients, let a scheduler take η to zero.
-    ``MFAC(params, lr=1e-2, window_size=64, momentum=0.9)`` is where to start.
+    gradients, let a scheduler take η to zero. ``MFAC(params, lr=1e-2)`` is where to start.
 
     **Noise is not amplified.** A gradient of zeros changes nothing: neither weights nor momentum
     nor window. In the scale-free step, let r be the root mean square of a parameter's gradient
@@ -157,9 +156,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         params: Iterable[Any],
         lr: float | Tensor = 1e-2,
         *,
-        window_size: int,
+        window_size: int = 64,
         damping: float | None = None,
-        momentum: float = 0.0,
+        momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,

@@ -89,7 +89,7 @@ def test_momentum_decay_and_schedule(gradients):
 
 
 def test_plain_steps(gradients):
-    updates, _ = run(mfac(RATE, WINDOW, DAMPING), gradients)
+    updates, _ = run(mfac(RATE, WINDOW, DAMPING, None), gradients)
     assert_close(updates, [-RATE * y for y in preconditioned([flat(g) for g in gradients])], 1e-5)
 
 
@@ -112,7 +112,7 @@ def test_hyperparameters_that_change(gradients):
 
 
 def test_gradients_accumulated_by_multi_steps(gradients):
-    optimiser = optax.MultiSteps(mfac(RATE, WINDOW, DAMPING), every_k_schedule=2)
+    optimiser = optax.MultiSteps(mfac(RATE, WINDOW, DAMPING, None), every_k_schedule=2)
     updates, _ = run(optimiser, gradients[:4])
     means = [(flat(a) + flat(b)) / 2 for a, b in (gradients[:2], gradients[2:4])]
     assert not flat(updates[0]).any()
@@ -126,7 +126,7 @@ def test_a_gradient_that_is_not_finite(gradients):
     seen, _ = run(scale_by_mfac(WINDOW, DAMPING), steps)
     assert np.isnan(flat(seen[1])).all()
     assert_close(seen[::2], expected)
-    skipped, state = run(optax.apply_if_finite(mfac(1.0, WINDOW, DAMPING), 5), steps)
+    skipped, state = run(optax.apply_if_finite(mfac(1.0, WINDOW, DAMPING, None), 5), steps)
     assert not flat(skipped[1]).any()
     assert_close(skipped[::2], [-y for y in expected])
     assert int(state.total_notfinite) == 1

@@ -82,7 +82,7 @@ def test_types_stay_and_nothing_is_compiled_again(make):
 def test_complex_parameters_are_pairs_of_real_ones(rng):
     z = rng.standard_normal((3, 4, 2)).astype(np.float32)
     real = rng.standard_normal((3, 5)).astype(np.float32)
-    optimiser = mfac(1.0, 4, 0.1)
+    optimiser = mfac(1.0, 4, 0.1, None)
     state = optimiser.init({"z": jnp.zeros(4, jnp.complex64), "x": jnp.zeros(5)})
     rows = []
     for pair, x in zip(z, real, strict=True):

@@ -101,7 +101,7 @@ def test_the_gradients_size_does_not_matter(rng, dtype, size):
         rows[::turn] *= size / 4.0  # no element beyond float32
         rows = rows.astype(dtype)
         params = parameters(5, 4, dtype=getattr(torch, dtype))
-        optimizer = MFAC(params, 0.1, window_size=4)
+        optimizer = MFAC(params, 0.1, window_size=4, momentum=0.0)
         worst = follow(optimizer, params, Oracle((5, 4), 4, 0.1), rows)
         assert worst <= 1e-5
         assert optimizer.skipped_steps == 0
@@ -112,7 +112,7 @@ def test_the_plain_step_of_gradients_of_every_size(rng, size):
     """One gradient: F⁻¹g = g/(λ + ‖g‖²)."""
     g = (size * rng.standard_normal(6)).astype(np.float32)
     (p,) = parameters(6)
-    optimizer = MFAC([p], 1.0, window_size=3, damping=1e-3)
+    optimizer = MFAC([p], 1.0, window_size=3, damping=1e-3, momentum=0.0)
     p.grad = torch.from_numpy(g)
     optimizer.step()
     wide = g.astype(np.float64)
@@ -151,7 +151,7 @@ def test_maximize_and_decay_of_the_gradient_are_as_in_sgd(rng):
     """Torch turns the gradient's sign, then adds the decay."""
     g = torch.from_numpy(rng.standard_normal(5))
     p, q = (torch.nn.Parameter(torch.ones(5, dtype=torch.float64)) for _ in range(2))
-    options = {"weight_decay": 0.1, "maximize": True}
+    options = {"weight_decay": 0.1, "maximize": True, "momentum": 0.0}
     p.grad, q.grad = g, g.clone()
     MFAC([p], 1e12, window_size=1, damping=1e12, decoupled_weight_decay=False, **options).step()
     torch.optim.SGD([q], 1.0, **options).step()
@@ -235,7 +235,7 @@ def test_a_part_that_is_noise_beside_the_whole_hardly_moves(rng):
 def test_a_gate_that_closes_stops_the_step(rng):
     """Although the window holds gradients of it from before, which correlate with the others'."""
     a, b = parameters(40, 40)
-    optimizer = MFAC([a, b], 0.1, window_size=8)
+    optimizer = MFAC([a, b], 0.1, window_size=8, momentum=0.0)
     for _ in range(10):
         a.grad, b.grad = 1.0 + torch.randn(40), 1.0 + torch.randn(40)
         optimizer.step()
@@ -341,12 +341,21 @@ def test_a_compiled_step_is_the_step(momentum):
     assert torch.equal(*results)
 
 
+def test_without_arguments_it_is_where_to_start(rng):
+    """A window of 64 and momentum 0.9: what the documentation recommends."""
+    rows = rng.standard_normal((70, 9)).astype(np.float32)
+    params = parameters(5, 4)
+    optimizer = MFAC(params)
+    assert follow(optimizer, params, Oracle((5, 4), 64, 1e-2, 0.9), rows) <= 1e-4
+    assert len(optimizer.window) == optimizer.window.window_size == 64
+
+
 def test_what_is_not_supported_is_refused_by_name():
     (p,) = parameters(3)
     with pytest.raises(TypeError, match="differentiable"):
         MFAC([p], window_size=2, differentiable=True)
     with pytest.raises(ValueError, match="nesterov needs a momentum"):
-        MFAC([p], window_size=2, nesterov=True)
+        MFAC([p], window_size=2, momentum=0.0, nesterov=True)
     with pytest.raises(ValueError, match="complex64"):
         MFAC([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))], window_size=2)
 
@@ -367,7 +376,7 @@ def test_empty_lists_are_as_in_adam():
 
 def test_scalars_and_empty_parameters_have_columns():
     scalar, empty = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.zeros(0, 3))
-    optimizer = MFAC([scalar, empty], 0.1, window_size=2)
+    optimizer = MFAC([scalar, empty], 0.1, window_size=2, momentum=0.0)
     scalar.grad, empty.grad = torch.tensor(2.0), torch.zeros(0, 3)
     optimizer.step()
     assert scalar.item() == pytest.approx(0.9)

@@ -41,7 +41,7 @@ def parameters_with(gradients):
 def test_a_step_is_the_dense_inverse_times_the_gradient(d, size, steps, damping, dtype, seed):
     rows = np.random.default_rng(seed).standard_normal((steps, d)).astype(dtype)
     p = torch.nn.Parameter(torch.zeros(d, dtype=getattr(torch, dtype)))
-    optimizer = MFAC([p], 0.1, window_size=size, damping=damping)
+    optimizer = MFAC([p], 0.1, window_size=size, damping=damping, momentum=0.0)
     for i, row in enumerate(rows):
         with torch.no_grad():
             p.zero_()  # so that p is the step, and nothing is lost in a sum
@@ -83,7 +83,7 @@ def test_coupled_weight_decay_enters_the_window(rng):
     row = rng.standard_normal(6).astype("float32")
     (p,) = parameters_with([torch.from_numpy(row)])
     options = {"window_size": 2, "damping": 0.5, "weight_decay": 0.1}
-    optimizer = MFAC([p], 0.1, **options, decoupled_weight_decay=False)
+    optimizer = MFAC([p], 0.1, **options, momentum=0.0, decoupled_weight_decay=False)
     optimizer.step()
     g = row + 0.1
     assert relative_error(optimizer.window.gradients[0], g) <= 1e-6
@@ -98,7 +98,7 @@ def test_the_scale_free_step(rng):
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     for scale in (1.0, 1e-6, 1e6):
         a, b = parameters_with([torch.zeros(7), torch.zeros(5)])
-        optimizer = MFAC([a, b], 0.1, window_size=3)
+        optimizer = MFAC([a, b], 0.1, window_size=3, momentum=0.0)
         for row in rows:
             with torch.no_grad():
                 a.zero_()
@@ -153,7 +153,7 @@ def test_a_scheduler_scales_the_step(rng, as_tensor):
     g = torch.from_numpy(rng.standard_normal(5))
     (p,) = parameters_with([g])
     lr = torch.tensor(0.1) if as_tensor else 0.1
-    optimizer = MFAC([p], lr, window_size=1, damping=1.0)
+    optimizer = MFAC([p], lr, window_size=1, damping=1.0, momentum=0.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     steps = []
     for _ in range(2):
@@ -306,7 +306,7 @@ def test_a_refused_state_changes_nothing():
 def test_a_sparse_window_preconditions_the_whole_gradient(rng, damping):
     rows = rng.standard_normal((5, 30)).astype("float32")
     (p,) = parameters_with([torch.zeros(30)])
-    optimizer = MFAC([p], 0.1, window_size=3, damping=damping, density=0.2)
+    optimizer = MFAC([p], 0.1, window_size=3, damping=damping, density=0.2, momentum=0.0)
     for row in rows:
         with torch.no_grad():
             p.zero_()
@@ -323,7 +323,8 @@ def test_a_sparse_window_preconditions_the_whole_gradient(rng, damping):
 def test_bfloat16_parameters_step_in_float32(rng):
     g = torch.from_numpy(rng.standard_normal((2, 40))).to(torch.bfloat16)
     p = torch.nn.Parameter(torch.zeros(40, dtype=torch.bfloat16))
-    optimizer = MFAC([p], 1.0, window_size=2, damping=0.1, window_dtype=torch.float32)
+    options = {"damping": 0.1, "momentum": 0.0, "window_dtype": torch.float32}
+    optimizer = MFAC([p], 1.0, window_size=2, **options)
     for row in g:
         with torch.no_grad():
             p.zero_()

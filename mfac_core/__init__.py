@@ -16,6 +16,7 @@ from mfac_core._operators.static import InverseFisher as InverseFisher
 from mfac_core._operators.static import ihvp as ihvp
 from mfac_core._rows.protocol import GradientRows as GradientRows
 from mfac_core._rows.shards import RowShards as RowShards
+from mfac_core._typing import Reduce as Reduce
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "EmpiricalFisher",
     "GradientRows",
     "InverseFisher",
+    "Reduce",
     "RowShards",
     "SlidingInverseFisher",
     "SparseSlidingInverseFisher",

@@ -50,6 +50,7 @@ __all__ = [
     "is_traced",
     "is_untried",
     "itemsize",
+    "library_name",
     "promote",
     "send",
     "to_device",
@@ -72,6 +73,12 @@ def is_lazy(x: Array) -> bool:
 def is_untried(x: Array) -> bool:
     """Whether an array is of a library of array-api-compat's that nobody has tried this with."""
     return array_namespace(x).__name__.partition(".")[0] in ("dpnp", "mparray")
+
+
+def library_name(x: Array) -> str:
+    """Return what people call an array's library: PyTorch, not array_api_compat.torch."""
+    name = array_namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
+    return {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX"}.get(name, name)
 
 
 def is_floating(x: Array) -> bool:

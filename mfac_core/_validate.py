@@ -23,6 +23,7 @@ from mfac_core._arrays import (
     is_torch_array,
     is_untried,
     itemsize,
+    library_name,
     to_numpy,
 )
 
@@ -142,11 +143,10 @@ def nonfinite_message(rows: list[int], m: int) -> str:
 
 def beside(x: Array, name: str, like: Array) -> None:
     """Refuse an array of another library or device than the gradients ``like``."""
-    xp, expected = array_namespace(x), array_namespace(like)
-    if xp is not expected:
+    if array_namespace(x) is not array_namespace(like):
         msg = (
-            f"{name} must be an array of the gradients' library {expected.__name__}, "
-            f"got one of {xp.__name__}; convert one of them"
+            f"{name} must be an array of the gradients' library {library_name(like)}, "
+            f"got one of {library_name(x)}; convert one of them"
         )
         raise TypeError(msg)
     if is_jax_array(x):  # JAX checks placement itself, and knows shardings

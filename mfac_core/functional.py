@@ -14,12 +14,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import lax
+from mfac_core._extras import missing
+
+try:
+    import jax
+    import jax.numpy as jnp
+    from jax import Array, lax
+except ModuleNotFoundError as error:
+    raise missing(error, "jax") from None
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, is_traced
+from mfac_core._arrays import is_traced
 from mfac_core._jax import pairs as _pairs
 
 __all__ = ["State", "append", "append_matvec", "init", "matvec"]
@@ -53,7 +58,9 @@ class State(NamedTuple):
     damping: Array
 
 
-def init(num_params: int, window_size: int, *, damping: Any, dtype: Any = "float32") -> State:
+def init(
+    num_params: int, window_size: int, *, damping: float | Array, dtype: Any = "float32"
+) -> State:
     """Return an empty window.
 
     Parameters

@@ -9,15 +9,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.flatten_util import ravel_pytree
+
+from mfac_core._extras import missing
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax import Array
+    from jax.flatten_util import ravel_pytree
+except ModuleNotFoundError as error:
+    raise missing(error, "optax") from None
 
 from mfac_core import _validate as check
 from mfac_core import functional
-from mfac_core._arrays import Array, is_traced
+from mfac_core._arrays import is_traced
 from mfac_core._jax import scale_free
 from mfac_core._scale_free import RIDGE
 
@@ -25,7 +32,7 @@ __all__ = ["mfac", "scale_by_mfac"]
 
 
 def scale_by_mfac(
-    window_size: int = 64, damping: Any = None, *, dtype: Any = "float32"
+    window_size: int = 64, damping: float | Array | None = None, *, dtype: Any = "float32"
 ) -> optax.GradientTransformation:
     """Multiply the gradient by the inverse of F = λI + (1/n) Σ gᵢgᵢᵀ over a window of gradients.
 
@@ -147,9 +154,9 @@ def _as_before(x: Array, y: Array) -> Array:
 def mfac(
     learning_rate: optax.ScalarOrSchedule,
     window_size: int = 64,
-    damping: Any = None,
-    momentum: Any = 0.9,
-    weight_decay: Any = None,
+    damping: float | Array | None = None,
+    momentum: float | Array | None = 0.9,
+    weight_decay: float | Array | None = None,
     *,
     nesterov: bool = False,
     mask: Any = None,

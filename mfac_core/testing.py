@@ -16,10 +16,11 @@ import numpy as np
 import scipy
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array, array_namespace, send, to_numpy
+from mfac_core._arrays import Array, array_namespace, library_name, send, to_numpy
 from mfac_core._operators.base import SymmetricOperator
 from mfac_core._rows.protocol import GradientRows
 from mfac_core._rows.storage import rows_of
+from mfac_core._typing import AnyArray
 
 NDArray = np.ndarray[Any, Any]
 
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 
-def dense_fisher(gradients: Array, *, damping: float, divisor: int | None = None) -> NDArray:
+def dense_fisher(gradients: AnyArray, *, damping: float, divisor: int | None = None) -> NDArray:
     """Return F = λI + GᵀG/n as a dense float64 matrix.
 
     Parameters
@@ -65,7 +66,7 @@ def dense_fisher(gradients: Array, *, damping: float, divisor: int | None = None
     return damping * np.eye(g.shape[1]) + g.T @ g / n
 
 
-def dense_inverse(gradients: Array, *, damping: float, divisor: int | None = None) -> NDArray:
+def dense_inverse(gradients: AnyArray, *, damping: float, divisor: int | None = None) -> NDArray:
     """Return F⁻¹ as a dense float64 matrix, by SciPy.
 
     Parameters
@@ -127,7 +128,7 @@ class StaticRecursion:
     array([1., 1.])
     """
 
-    def __init__(self, gradients: Array, *, damping: float, dtype: Any = np.float64) -> None:
+    def __init__(self, gradients: AnyArray, *, damping: float, dtype: Any = np.float64) -> None:
         g = to_numpy(gradients).astype(dtype, copy=False)
         self.damping = check.damping(damping)
         m = len(g)
@@ -137,7 +138,7 @@ class StaticRecursion:
             self.v[k] = self._partial(g[k], k)
             self.q[k] = m + g[k] @ self.v[k]
 
-    def matvec(self, x: Array) -> NDArray:
+    def matvec(self, x: AnyArray) -> NDArray:
         """Return F⁻¹x = x/λ − Σ_k (v_kᵀx / q_k) v_k; O(d·m).
 
         Parameters
@@ -205,7 +206,7 @@ class DynamicRecursion:
     array([1., 1.])
     """
 
-    def __init__(self, gradients: Array, *, damping: float, dtype: Any = np.float64) -> None:
+    def __init__(self, gradients: AnyArray, *, damping: float, dtype: Any = np.float64) -> None:
         self._g = g = to_numpy(gradients).astype(dtype, copy=False)
         self.damping = check.damping(damping)
         m = len(g)
@@ -216,7 +217,7 @@ class DynamicRecursion:
             self.D[i, i:] -= weights @ self.D[:i, i:]
             self.B[i] -= weights @ self.B[:i]
 
-    def matvec(self, x: Array) -> NDArray:
+    def matvec(self, x: AnyArray) -> NDArray:
         """Return F⁻¹x = x/λ − Σ_i b_i / (m + D_ii) Σ_j B_ij g_j, with b_i = g_iᵀ F_{i-1}⁻¹ x.
 
         Parameters
@@ -239,7 +240,7 @@ class DynamicRecursion:
 
 
 def error_bound(
-    gradients: Array, *, damping: float, dtype: Any = None, divisor: int | None = None
+    gradients: AnyArray, *, damping: float, dtype: Any = None, divisor: int | None = None
 ) -> float:
     """Return a bound on the relative error of F⁻¹x: a modest multiple of κ(F) times rounding.
 
@@ -364,7 +365,7 @@ def assert_operator_close(
 
     for name, (result, expected) in results.items():
         assert array_namespace(result) is array_namespace(like), (
-            f"{name} is of {array_namespace(result).__name__}"
+            f"{name} is of {library_name(result)}"
         )
         assert result.dtype == operator.dtype, f"{name} is of dtype {result.dtype}"
         _assert_close(name, _wide(result), expected, rtol)

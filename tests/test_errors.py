@@ -208,3 +208,11 @@ def test_a_library_that_is_refused(library, monkeypatch):
     ):
         with pytest.raises(TypeError, match="must be a NumPy array|" + words):
             act()
+
+
+def test_libraries_are_called_what_people_call_them():
+    inverse = mfac.InverseFisher(GOOD, damping=0.1)
+    with pytest.raises(TypeError, match="library NumPy, got one of PyTorch; convert one of them"):
+        inverse @ torch.ones(4)
+    with pytest.raises(TypeError, match="library PyTorch, got one of NumPy"):
+        mfac.InverseFisher(torch.ones(3, 4), damping=0.1) @ np.ones(4)

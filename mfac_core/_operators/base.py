@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from mfac_core import _validate as check
 from mfac_core._arrays import Array, array_namespace, send, to_numpy
 from mfac_core._operators import autograd
 from mfac_core._rows.given import ColumnsUnknownError
+from mfac_core._typing import ArrayT, IndexLike
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -22,7 +23,7 @@ Indices: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 Answer = TypeVar("Answer")
 
 
-class SymmetricOperator(ABC):
+class SymmetricOperator(ABC, Generic[ArrayT]):
     """A real symmetric (d, d) matrix known by its products.
 
     This class is the one door: its public methods check arguments and :meth:`_ask` one thread at a
@@ -57,7 +58,7 @@ class SymmetricOperator(ABC):
         """Return an array of the operator's library, dtype and (first) device."""
 
     @abstractmethod
-    def _apply(self, x: Any) -> Any:
+    def _apply(self, x: Any) -> ArrayT:
         """Return the product with a checked x of shape (d,) or (d, k)."""
 
     @abstractmethod
@@ -85,10 +86,10 @@ class SymmetricOperator(ABC):
         """Return the logarithm of the determinant."""
 
     @abstractmethod
-    def _power(self, p: float) -> SymmetricOperator:
+    def _power(self, p: float) -> SymmetricOperator[ArrayT]:
         """Return a power for a checked p."""
 
-    def _settle(self) -> None:  # noqa: B027 -- most have nothing to see to
+    def _settle(self) -> None:
         """See to what was left for the next query, before it."""
 
     def _ask(self, query: Callable[..., Answer], *arguments: Any) -> Answer:
@@ -102,8 +103,8 @@ class SymmetricOperator(ABC):
                 raise ColumnsUnknownError(error.kind, name) from None
 
     def _multiplied(
-        self, query: Callable[[Any], Any], x: Any, name: str, ndim: tuple[int, ...]
-    ) -> Any:
+        self, query: Callable[[Any], ArrayT], x: Any, name: str, ndim: tuple[int, ...]
+    ) -> ArrayT:
         """Answer a product, as a part of PyTorch's graph where x is in one."""
         autograd.refuse(name, x)
         if not autograd.is_recorded(x):
@@ -119,7 +120,8 @@ class SymmetricOperator(ABC):
                 raise RuntimeError(msg)
             return self._ask(query, self._checked(z, name, ndim))
 
-        return autograd.multiplied(product, x)
+        recorded: ArrayT = autograd.multiplied(product, x)
+        return recorded
 
     def _version(self) -> Any:
         """Return what differs once the operator has changed."""
@@ -141,12 +143,13 @@ class SymmetricOperator(ABC):
         check.beside(x, name, self._like())
         return x
 
-    def _sent(self, values: Array) -> Array:
+    def _sent(self, values: Array) -> ArrayT:
         """Bring small results to the operator's library, device and dtype."""
         like = self._like()
-        return send(values, like, like.dtype)
+        sent: ArrayT = send(values, like, like.dtype)
+        return sent
 
-    def _column(self, j: int) -> Array:
+    def _column(self, j: int) -> ArrayT:
         return self._apply(self._unit(j))
 
     def _unit(self, j: int) -> Array:
@@ -157,7 +160,7 @@ class SymmetricOperator(ABC):
     def _normal(self, n: int, rng: np.random.Generator) -> Array:
         return self._sent(rng.standard_normal((self.shape[0], n)))
 
-    def matvec(self, x: Array) -> Array:
+    def matvec(self, x: ArrayT) -> ArrayT:
         """Multiply a vector.
 
         Parameters
@@ -179,7 +182,7 @@ class SymmetricOperator(ABC):
         """
         return self._multiplied(self._apply, x, "x", (1,))
 
-    def matmat(self, x: Array) -> Array:
+    def matmat(self, x: ArrayT) -> ArrayT:
         """Multiply a matrix of columns at the speed of matrix products.
 
         Parameters
@@ -194,7 +197,7 @@ class SymmetricOperator(ABC):
         """
         return self._multiplied(self._apply, x, "x", (2,))
 
-    def diagonal(self) -> Array:
+    def diagonal(self) -> ArrayT:
         """Return the diagonal.
 
         Returns
@@ -208,7 +211,7 @@ class SymmetricOperator(ABC):
         """
         return self._sent(self._ask(self._diagonal))
 
-    def entries(self, rows: Any, cols: Any) -> Array:
+    def entries(self, rows: IndexLike, cols: IndexLike) -> ArrayT:
         """Return single elements, by row and column.
 
         Parameters
@@ -244,9 +247,10 @@ class SymmetricOperator(ABC):
             msg = f"rows and cols must have shapes that broadcast, got {i.shape} and {j.shape}"
             raise ValueError(msg) from None
         values = self._sent(self._ask(self._entries, i.ravel(), j.ravel()))
-        return array_namespace(values).reshape(values, i.shape)
+        shaped: ArrayT = array_namespace(values).reshape(values, i.shape)
+        return shaped
 
-    def column(self, j: int) -> Array:
+    def column(self, j: int) -> ArrayT:
         """Return one column.
 
         Parameters
@@ -275,7 +279,7 @@ class SymmetricOperator(ABC):
         """
         return self._ask(self._column, int(check.indices(j, "j", self.shape[0], ndim=(0,))))
 
-    def submatrix(self, indices: Any) -> Array:
+    def submatrix(self, indices: IndexLike) -> ArrayT:
         """Return the square matrix of chosen rows and columns.
 
         Parameters
@@ -305,7 +309,7 @@ class SymmetricOperator(ABC):
         i = check.indices(indices, "indices", self.shape[0], ndim=(1,))
         return self._sent(self._ask(self._submatrix, i))
 
-    def quadratic(self, x: Array) -> Any:
+    def quadratic(self, x: ArrayT) -> Any:
         """Return xᵀ·op·x.
 
         Parameters
@@ -341,7 +345,7 @@ class SymmetricOperator(ABC):
         """
         return self._ask(self._logdet)
 
-    def power(self, p: float) -> SymmetricOperator:
+    def power(self, p: float) -> SymmetricOperator[ArrayT]:
         """Return a real power of this operator, as an operator.
 
         Parameters
@@ -361,7 +365,7 @@ class SymmetricOperator(ABC):
         """
         return self._ask(self._power, check.finite_number(p, "p"))
 
-    def sample(self, n: int, rng: Any = None) -> Array:
+    def sample(self, n: int, rng: np.random.Generator | int | None = None) -> ArrayT:
         """Draw from the normal distribution with this operator as its covariance.
 
         Parameters
@@ -377,9 +381,10 @@ class SymmetricOperator(ABC):
             Draws from N(0, op), in the gradients' dtype.
         """
         n = check.integer(n, "n", minimum=1)
-        return self._ask(self._sample, n, np.random.default_rng(rng)).T
+        draws: ArrayT = self._ask(self._sample, n, np.random.default_rng(rng)).T
+        return draws
 
-    def rmatvec(self, x: Array) -> Array:
+    def rmatvec(self, x: ArrayT) -> ArrayT:
         """Multiply a vector by the adjoint, which is the operator itself.
 
         Parameters
@@ -394,7 +399,7 @@ class SymmetricOperator(ABC):
         """
         return self.matvec(x)
 
-    def rmatmat(self, x: Array) -> Array:
+    def rmatmat(self, x: ArrayT) -> ArrayT:
         """Multiply a matrix by the adjoint, which is the operator itself.
 
         Parameters
@@ -409,15 +414,16 @@ class SymmetricOperator(ABC):
         """
         return self.matmat(x)
 
-    def __matmul__(self, x: Array) -> Array:
+    def __matmul__(self, x: ArrayT) -> ArrayT:
         return self._multiplied(self._apply, x, "x", (1, 2))
 
-    def __rmatmul__(self, x: Array) -> Array:
+    def __rmatmul__(self, x: ArrayT) -> ArrayT:
         if getattr(x, "ndim", 1) == 2:
-            return self._multiplied(self._apply, x.T, "x.T", (2,)).T
+            product: ArrayT = self._multiplied(self._apply, x.T, "x.T", (2,)).T
+            return product
         return self._multiplied(self._apply, x, "x", (1,))
 
-    def to_dense(self) -> Array:
+    def to_dense(self) -> ArrayT:
         """Return the (d, d) matrix itself; for checks on small problems.
 
         Returns
@@ -425,10 +431,11 @@ class SymmetricOperator(ABC):
         array, shape (d, d)
             In the gradients' dtype; O(d²) memory, d products.
         """
-        dense = self._ask(self._apply, self._sent(np.eye(self.shape[0])))
+        dense: Array = self._ask(self._apply, self._sent(np.eye(self.shape[0])))
         # Rounding differs above and below the diagonal; the matrix is symmetric.
         dense = (dense + dense.T) / 2
-        return array_namespace(dense).astype(dense, self._like().dtype, copy=False)
+        matrix: ArrayT = array_namespace(dense).astype(dense, self._like().dtype, copy=False)
+        return matrix
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """Return a SciPy LinearOperator of NumPy arrays, with ``matmat`` kept whole.

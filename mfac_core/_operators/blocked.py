@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, Literal, Self
+from typing import Any, Self, overload
 
 import numpy as np
 
@@ -20,10 +20,12 @@ from mfac_core._operators.static import InverseFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.plan import WIDE_BYTES, batches
+from mfac_core._rows.protocol import AnyGradients, Gradients
 from mfac_core._rows.storage import rows_of
+from mfac_core._typing import ArrayT, BlockSize, Damping, GivenT, NDArray, Sliceable, Stored
 
 
-class BlockDiagonal(SymmetricOperator):
+class BlockDiagonal(SymmetricOperator[ArrayT]):
     """The direct sum of operators: each acts on its own stretch of the parameters.
 
     Parameters
@@ -35,7 +37,7 @@ class BlockDiagonal(SymmetricOperator):
     """
 
     def __init__(
-        self, stretches: Sequence[SymmetricOperator], reduce: Reduce | None = None
+        self, stretches: Sequence[SymmetricOperator[ArrayT]], reduce: Reduce | None = None
     ) -> None:
         self._stretches = list(stretches)
         self._reduce = reduce
@@ -69,7 +71,7 @@ class BlockDiagonal(SymmetricOperator):
     def _logdet(self) -> float:
         return self._summed(sum(stretch._ask(stretch._logdet) for stretch in self._stretches))
 
-    def power(self, p: float) -> BlockDiagonal:
+    def power(self, p: float) -> BlockDiagonal[ArrayT]:
         """Return a real power, block by block.
 
         Parameters
@@ -84,21 +86,21 @@ class BlockDiagonal(SymmetricOperator):
         """
         return super().power(p)  # type: ignore[return-value]
 
-    def _power(self, p: float) -> BlockDiagonal:
-        powers = [stretch._ask(stretch._power, p) for stretch in self._stretches]
+    def _power(self, p: float) -> BlockDiagonal[ArrayT]:
+        powers: list[Any] = [stretch._ask(stretch._power, p) for stretch in self._stretches]
         return BlockDiagonal(powers, self._reduce)
 
     def _like(self) -> Array:
         return self._stretches[0]._like()
 
-    def _pieces(self, x: Array) -> list[tuple[SymmetricOperator, Array]]:
+    def _pieces(self, x: Array) -> list[tuple[SymmetricOperator[ArrayT], Array]]:
         starts = [0, *self._stops[:-1]]
         return [
             (stretch, x[int(start) : int(stop), ...])
             for stretch, start, stop in zip(self._stretches, starts, self._stops, strict=True)
         ]
 
-    def _apply(self, x: Any) -> Array:
+    def _apply(self, x: Any) -> Any:
         pieces = self._pieces(x)
         products = [stretch._ask(stretch._apply, piece) for stretch, piece in pieces]
         if len(products) == 1:
@@ -147,7 +149,7 @@ class BlockDiagonal(SymmetricOperator):
         return number if self._reduce is None else float(self._reduce(np.array([number]))[0])
 
 
-class BlockInverseFisher(BlockDiagonal):
+class BlockInverseFisher(BlockDiagonal[ArrayT]):
     """The inverse of the diagonal blocks of F = λI + GᵀG/m, as an operator.
 
     Parameters
@@ -207,12 +209,42 @@ class BlockInverseFisher(BlockDiagonal):
            [0.        , 0.        , 0.33333333]])
     """
 
+    @overload
+    def __init__(
+        self: BlockInverseFisher[NDArray],
+        gradients: Stored,
+        *,
+        damping: Damping,
+        block_size: BlockSize,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: BlockInverseFisher[GivenT],
+        gradients: Gradients[GivenT],
+        *,
+        damping: Damping,
+        block_size: BlockSize,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: BlockInverseFisher[NDArray],
+        gradients: Sliceable,
+        *,
+        damping: Damping,
+        block_size: BlockSize,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
     def __init__(
         self,
         gradients: Any,
         *,
-        damping: float | Literal["auto"],
-        block_size: int | Sequence[int],
+        damping: Damping,
+        block_size: BlockSize,
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
@@ -230,7 +262,7 @@ class BlockInverseFisher(BlockDiagonal):
 
     @classmethod
     def accumulate(
-        cls, gradients: Iterable[Any], *, damping: float, block_size: int | Sequence[int]
+        cls, gradients: Iterable[AnyGradients], *, damping: float, block_size: BlockSize
     ) -> Self:
         """Make the operator from gradients that are seen once and never stored.
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 import numpy as np
 
 from mfac_core import _validate as check
 from mfac_core._operators.spectra import Blocks, NDArray, mean_square_of
 from mfac_core._rows.base import Reduce
+from mfac_core._rows.protocol import AnyGradients
 from mfac_core._rows.storage import rows_of
+from mfac_core._typing import BlockSize, Layers, Method
 
 METHODS = ("leave-one-out", "ledoit-wolf", "oas")
 
@@ -59,9 +61,9 @@ class DampingCurve:
 
 @overload
 def damping_curve(
-    gradients: Any,
+    gradients: AnyGradients,
     *,
-    block_size: int | Sequence[int] | None = None,
+    block_size: BlockSize | None = None,
     layers: None = None,
     dampings: Sequence[float] | None = None,
     reduce: Reduce | None = None,
@@ -69,19 +71,19 @@ def damping_curve(
 ) -> DampingCurve: ...
 @overload
 def damping_curve(
-    gradients: Any,
+    gradients: AnyGradients,
     *,
-    block_size: int | Sequence[int] | None = None,
-    layers: Sequence[int | Sequence[int]],
+    block_size: BlockSize | None = None,
+    layers: Layers,
     dampings: Sequence[float] | None = None,
     reduce: Reduce | None = None,
     progress: bool = False,
 ) -> list[DampingCurve]: ...
 def damping_curve(
-    gradients: Any,
+    gradients: AnyGradients,
     *,
-    block_size: int | Sequence[int] | None = None,
-    layers: Sequence[int | Sequence[int]] | None = None,
+    block_size: BlockSize | None = None,
+    layers: Layers | None = None,
     dampings: Sequence[float] | None = None,
     reduce: Reduce | None = None,
     progress: bool = False,
@@ -157,32 +159,32 @@ def damping_curve(
 
 @overload
 def choose_damping(
-    gradients: Any,
+    gradients: AnyGradients,
     *,
-    block_size: int | Sequence[int] | None = None,
+    block_size: BlockSize | None = None,
     layers: None = None,
-    method: str = "leave-one-out",
+    method: Method = "leave-one-out",
     dampings: Sequence[float] | None = None,
     reduce: Reduce | None = None,
     progress: bool = False,
 ) -> float: ...
 @overload
 def choose_damping(
-    gradients: Any,
+    gradients: AnyGradients,
     *,
-    block_size: int | Sequence[int] | None = None,
-    layers: Sequence[int | Sequence[int]],
-    method: str = "leave-one-out",
+    block_size: BlockSize | None = None,
+    layers: Layers,
+    method: Method = "leave-one-out",
     dampings: Sequence[float] | None = None,
     reduce: Reduce | None = None,
     progress: bool = False,
 ) -> NDArray: ...
 def choose_damping(
-    gradients: Any,
+    gradients: AnyGradients,
     *,
-    block_size: int | Sequence[int] | None = None,
-    layers: Sequence[int | Sequence[int]] | None = None,
-    method: str = "leave-one-out",
+    block_size: BlockSize | None = None,
+    layers: Layers | None = None,
+    method: Method = "leave-one-out",
     dampings: Sequence[float] | None = None,
     reduce: Reduce | None = None,
     progress: bool = False,
@@ -252,7 +254,9 @@ def choose_damping(
     return found[0] if layers is None else np.array(found)
 
 
-def damping_of(blocks: Blocks, method: str = "leave-one-out", grid: NDArray | None = None) -> float:
+def damping_of(
+    blocks: Blocks, method: Method = "leave-one-out", grid: NDArray | None = None
+) -> float:
     """Choose λ for blocks that share it."""
     if method == "leave-one-out":
         return _curve_of(blocks, grid).best
@@ -299,9 +303,9 @@ def _oas(moments: NDArray, m: int, d: int) -> float:
 
 def _asked(
     ask: Callable[[Blocks], Answer],
-    gradients: Any,
-    block_size: int | Sequence[int] | None,
-    layers: Sequence[int | Sequence[int]] | None,
+    gradients: AnyGradients,
+    block_size: BlockSize | None,
+    layers: Layers | None,
     reduce: Reduce | None,
     progress: bool,
 ) -> list[Answer]:

@@ -16,12 +16,13 @@ from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Rows, first_of
 from mfac_core._rows.plan import batches, read
 from mfac_core._rows.storage import SplitRows
+from mfac_core._typing import ArrayT
 
 LARGEST_CONDITION = 2.0**34
 """Of F, above which what is left of float64 is for the dual to find out."""
 
 
-class PrimalOrDual(DampedInverse):
+class PrimalOrDual(DampedInverse[ArrayT]):
     """F⁻¹ by the matrix itself where that is known, and by rows and dual elsewhere.
 
     The matrix λI + GᵀG/n is the smaller one where d < n; and nothing is subtracted, so that no

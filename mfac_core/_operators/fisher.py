@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -13,14 +12,16 @@ from mfac_core._operators.damping import damping_of
 from mfac_core._operators.lowrank import FisherFunction
 from mfac_core._operators.spectra import Blocks
 from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.protocol import Gradients
 from mfac_core._rows.storage import rows_of
+from mfac_core._typing import ArrayT, BlockSize, Damping, GivenT, NDArray, Sliceable, Stored
 
 if TYPE_CHECKING:
     from mfac_core._operators.blocked import BlockInverseFisher
     from mfac_core._operators.static import InverseFisher
 
 
-class EmpiricalFisher(FisherFunction):
+class EmpiricalFisher(FisherFunction[ArrayT]):
     """The damped empirical Fisher matrix F = λI + GᵀG/m as an operator.
 
     Parameters
@@ -74,11 +75,38 @@ class EmpiricalFisher(FisherFunction):
     array([1., 2.])
     """
 
+    @overload
+    def __init__(
+        self: EmpiricalFisher[NDArray],
+        gradients: Stored,
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: EmpiricalFisher[GivenT],
+        gradients: Gradients[GivenT],
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: EmpiricalFisher[NDArray],
+        gradients: Sliceable,
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
     def __init__(
         self,
         gradients: Any,
         *,
-        damping: float | Literal["auto"],
+        damping: Damping,
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
@@ -94,12 +122,12 @@ class EmpiricalFisher(FisherFunction):
         return self._damping
 
     @overload
-    def inverse(self) -> InverseFisher: ...
+    def inverse(self) -> InverseFisher[ArrayT]: ...
     @overload
-    def inverse(self, block_size: int | Sequence[int]) -> BlockInverseFisher: ...
+    def inverse(self, block_size: BlockSize) -> BlockInverseFisher[ArrayT]: ...
     def inverse(
-        self, block_size: int | Sequence[int] | None = None
-    ) -> InverseFisher | BlockInverseFisher:
+        self, block_size: BlockSize | None = None
+    ) -> InverseFisher[ArrayT] | BlockInverseFisher[ArrayT]:
         """Return F⁻¹, factored once for many products.
 
         Parameters

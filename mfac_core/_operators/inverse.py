@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -17,9 +17,10 @@ from mfac_core._operators.digits import Difference, Digits
 from mfac_core._operators.lowrank import LowRankOperator
 from mfac_core._ops import dense
 from mfac_core._rows.base import first_of, widened
+from mfac_core._typing import ArrayT
 
 
-class DampedInverse(LowRankOperator):
+class DampedInverse(LowRankOperator[ArrayT]):
     """F⁻¹ for F = λI + GᵀG/n, from the rows G and the dual A = nλI + GGᵀ."""
 
     _dual: Dual
@@ -33,6 +34,10 @@ class DampedInverse(LowRankOperator):
         """λ."""
         return self._damping
 
+    @overload
+    def matvec(self, x: ArrayT, *, refine: int = 0) -> ArrayT: ...
+    @overload
+    def matvec(self, x: list[ArrayT], *, refine: int = 0) -> list[ArrayT]: ...
     def matvec(self, x: Any, *, refine: int = 0) -> Any:
         """Return F⁻¹x = (x − Gᵀ A⁻¹ G x) / λ.
 
@@ -74,6 +79,10 @@ class DampedInverse(LowRankOperator):
         """
         return self._multiplied(self._query(refine), x, "x", (1,))
 
+    @overload
+    def matmat(self, x: ArrayT, *, refine: int = 0) -> ArrayT: ...
+    @overload
+    def matmat(self, x: list[ArrayT], *, refine: int = 0) -> list[ArrayT]: ...
     def matmat(self, x: Any, *, refine: int = 0) -> Any:
         """Return F⁻¹X for a matrix of columns, at the speed of matrix products.
 
@@ -91,7 +100,7 @@ class DampedInverse(LowRankOperator):
         """
         return self._multiplied(self._query(refine), x, "x", (2,))
 
-    def diagonal(self) -> Array:
+    def diagonal(self) -> ArrayT:
         """Return diag F⁻¹ = (1 − Σₖ Wₖᵢ²) / λ with W = L⁻¹G, A = L Lᵀ.
 
         Returns

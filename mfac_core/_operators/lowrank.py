@@ -12,9 +12,10 @@ from mfac_core._arrays import Array, promote, to_numpy
 from mfac_core._operators import digits
 from mfac_core._operators.base import Indices, SymmetricOperator
 from mfac_core._rows.base import Rows, first_of
+from mfac_core._typing import ArrayT
 
 
-class LowRankOperator(SymmetricOperator):
+class LowRankOperator(SymmetricOperator[ArrayT]):
     """α·I + Gᵀ M G with the gradients G (m, d) and a symmetric M (m, m), a function of F.
 
     Every query is columns of G, something m-sized, and α on the diagonal.
@@ -86,7 +87,7 @@ class LowRankOperator(SymmetricOperator):
             msg = "column(j) is not known on all ranks; multiply a unit vector with matvec instead"
             raise ValueError(msg)
 
-    def power(self, p: float) -> SymmetricOperator:
+    def power(self, p: float) -> SymmetricOperator[ArrayT]:
         """Return a real power of this operator, as an operator.
 
         Parameters
@@ -112,12 +113,12 @@ class LowRankOperator(SymmetricOperator):
         """
         return super().power(p)
 
-    def _power(self, p: float) -> FisherPower:
+    def _power(self, p: float) -> FisherPower[ArrayT]:
         rows, gram = self._frozen()
         return FisherPower(rows, gram, self._damping, self._divisor, p * self._exponent)
 
 
-class FisherFunction(LowRankOperator):
+class FisherFunction(LowRankOperator[ArrayT]):
     """α·I + Gᵀ M G with M known in closed form: F itself, and its powers."""
 
     @property
@@ -162,7 +163,7 @@ class FisherFunction(LowRankOperator):
         return self._power(0.5)._apply(self._normal(n, rng))
 
 
-class FisherPower(FisherFunction):
+class FisherPower(FisherFunction[ArrayT]):
     """F^p for F = λI + GᵀG/n, from the eigenvalues of GGᵀ.
 
     Parameters

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,12 @@ from mfac_core._operators.primal import Found, PrimalBlocks, all_inverses
 from mfac_core._ops import blocks as ops
 from mfac_core._rows.base import Reduce
 from mfac_core._rows.plan import Batch, batches, read
+from mfac_core._rows.protocol import AnyGradients
 from mfac_core._rows.storage import rows_of
+from mfac_core._typing import BlockSize
+
+if TYPE_CHECKING:
+    from mfac_core._operators.blocked import BlockInverseFisher
 
 
 class BlockFisher:
@@ -57,7 +62,7 @@ class BlockFisher:
     array([0.5       , 0.5       , 0.33333333])
     """
 
-    def __init__(self, *, block_size: int | Sequence[int], reduce: Reduce | None = None) -> None:
+    def __init__(self, *, block_size: BlockSize, reduce: Reduce | None = None) -> None:
         self._block_size = block_size
         self.reduce = reduce
         self.count = 0
@@ -74,7 +79,7 @@ class BlockFisher:
     def __repr__(self) -> str:
         return f"<BlockFisher of {self.count} rows of {self.shape[1]} parameters>"
 
-    def add(self, gradients: Any) -> None:
+    def add(self, gradients: AnyGradients) -> None:
         """Add gradients.
 
         Parameters
@@ -139,7 +144,7 @@ class BlockFisher:
         for batch, sums in zip(self._plan, self._sums, strict=True):
             yield batch, [ops.shifted(home, total / self.count, damping) for total in sums]
 
-    def inverse(self, damping: float) -> Any:
+    def inverse(self, damping: float) -> BlockInverseFisher:
         """Return the inverse of λI plus the mean of what was added.
 
         Parameters

@@ -19,6 +19,7 @@ from mfac_core._operators.guard import Lock, uninterrupted
 from mfac_core._operators.pending import Pending
 from mfac_core._rows.base import Reduce, Rows
 from mfac_core._rows.ring import ArrayRing, Ring
+from mfac_core._typing import ArrayT, Normalization
 
 NORMALIZATIONS = ("count", "window")
 
@@ -49,7 +50,7 @@ class Step(NamedTuple):
     """The slots held before."""
 
 
-class SlidingInverseFisher(PrimalOrDual):
+class SlidingInverseFisher(PrimalOrDual[ArrayT]):
     """The inverse of F = λI + (1/n) Σ gᵢgᵢᵀ over a window of gradients, as an operator.
 
     Parameters
@@ -89,6 +90,9 @@ class SlidingInverseFisher(PrimalOrDual):
 
     Notes
     -----
+    For type checkers ``SlidingInverseFisher[torch.Tensor](d, m, damping=λ)`` says of which arrays a
+    window is; it cannot be told from the arguments.
+
     Several threads may use one window: calls wait for one another. A KeyboardInterrupt leaves it as
     it was before a change, or as it is after.
 
@@ -135,7 +139,7 @@ class SlidingInverseFisher(PrimalOrDual):
         dtype: Any = None,
         xp: Any = None,
         device: Any = None,
-        normalization: str = "count",
+        normalization: Normalization = "count",
         reduce: Reduce | None = None,
     ) -> None:
         self._lock = Lock()
@@ -213,11 +217,12 @@ class SlidingInverseFisher(PrimalOrDual):
         return xp.take(xp.take(self._dual.gram, slots, axis=0), slots, axis=1)
 
     @property
-    def gradients(self) -> Array:
+    def gradients(self) -> ArrayT:
         """The gradients held, oldest first, shape (len, d): a copy."""
-        return self._do(lambda: self._rows.held())
+        held: ArrayT = self._do(self._rows.held)
+        return held
 
-    def append(self, g: Array) -> None:
+    def append(self, g: ArrayT) -> None:
         """Add a gradient; a full window drops its oldest.
 
         Parameters
@@ -239,7 +244,7 @@ class SlidingInverseFisher(PrimalOrDual):
         """
         self._do(self._append, g)
 
-    def replace(self, i: int, g: Array) -> None:
+    def replace(self, i: int, g: ArrayT) -> None:
         """Exchange a gradient that is held; it keeps its age.
 
         Parameters
@@ -273,7 +278,7 @@ class SlidingInverseFisher(PrimalOrDual):
         """
         self._do(self._remove, i)
 
-    def append_matvec(self, g: Array, *, check_finite: bool = True) -> Array:
+    def append_matvec(self, g: ArrayT, *, check_finite: bool = True) -> ArrayT:
         """Add a gradient and return F⁻¹g = n Gᵀ A⁻¹ eⱼ, j its row, with it in the window.
 
         Parameters
@@ -324,7 +329,8 @@ class SlidingInverseFisher(PrimalOrDual):
         Elsewhere, and while the window fills, the keyword changes nothing: the squared norm of
         ``g`` is needed on the host, and to look at it costs nothing.
         """
-        return self._do(self._append_matvec, g, check_finite)
+        product: ArrayT = self._do(self._append_matvec, g, check_finite)
+        return product
 
     def clear(self) -> None:
         """Remove all gradients; library, dtype and device stay."""

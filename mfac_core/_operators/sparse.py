@@ -13,9 +13,10 @@ from mfac_core._ops import sparse
 from mfac_core._rows.base import Reduce
 from mfac_core._rows.ring import Ring
 from mfac_core._rows.sparse_ring import SparseRing, SparseRow, format_of, wide_dtype
+from mfac_core._typing import ArrayT, Normalization
 
 
-class SparseSlidingInverseFisher(SlidingInverseFisher):
+class SparseSlidingInverseFisher(SlidingInverseFisher[ArrayT]):
     """The inverse of F = λI + (1/n) Σ cᵢcᵢᵀ over a window of compressed gradients, as an operator.
 
     Of each gradient g the window keeps a row c: with e what earlier rows have left out, c holds the
@@ -108,7 +109,7 @@ class SparseSlidingInverseFisher(SlidingInverseFisher):
         dtype: Any = None,
         xp: Any = None,
         device: Any = None,
-        normalization: str = "count",
+        normalization: Normalization = "count",
         reduce: Reduce | None = None,
     ) -> None:
         self.density = check.positive_number(density, "density")
@@ -128,15 +129,19 @@ class SparseSlidingInverseFisher(SlidingInverseFisher):
             reduce=reduce,
         )
 
+    def _of_what(self) -> str:
+        return f"{super()._of_what()} density {self.density:g},"
+
     @property
-    def error(self) -> Array:
+    def error(self) -> ArrayT:
         """What the rows have left out so far, shape (d,): a copy.
 
         In float64 for a window of float64, in float32 otherwise.
         """
-        return self._rows.xp.asarray(self._rows.error, copy=True)
+        error: ArrayT = self._rows.xp.asarray(self._rows.error, copy=True)
+        return error
 
-    def append_matvec(self, g: Array, *, check_finite: bool = True) -> Array:
+    def append_matvec(self, g: ArrayT, *, check_finite: bool = True) -> ArrayT:
         """Add a gradient and return F⁻¹c = n Cᵀ A⁻¹ eⱼ, c being its row in the window.
 
         Parameters

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+from mfac_core._typing import Normalization
 
 if TYPE_CHECKING:
     from mfac_core._operators.sliding import SlidingInverseFisher
@@ -58,7 +60,7 @@ def load(window: SlidingInverseFisher, state: Mapping[str, Any]) -> SlidingInver
             dtype=window._given_dtype,
             xp=given and given.xp,
             device=given and given.device,
-            normalization=str(state["normalization"]),
+            normalization=cast("Normalization", str(state["normalization"])),
             reduce=window._reduce,
         )
         if "gram" in state:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from typing import Any, Literal, Self
+from typing import Any, Self, overload
 
 import numpy as np
 
@@ -20,10 +20,12 @@ from mfac_core._operators.fewer import PrimalOrDual, has_fewer_columns
 from mfac_core._operators.guard import Lock
 from mfac_core._operators.spectra import Blocks
 from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.protocol import AnyGradients, Gradients
 from mfac_core._rows.storage import ArrayRows, rows_of
+from mfac_core._typing import AnyArray, ArrayT, Damping, GivenT, NDArray, Sliceable, Stored
 
 
-class InverseFisher(PrimalOrDual):
+class InverseFisher(PrimalOrDual[ArrayT]):
     """The inverse of the damped empirical Fisher matrix F = λI + GᵀG/m as an operator.
 
     Factors the dual A = mλI + GGᵀ once, in float64, and answers every query with passes over G
@@ -93,11 +95,41 @@ class InverseFisher(PrimalOrDual):
     array([1.66666667, 1.        , 0.66666667])
     """
 
+    @overload
+    def __init__(
+        self: InverseFisher[NDArray],
+        gradients: Stored,
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+        store_whitened: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: InverseFisher[GivenT],
+        gradients: Gradients[GivenT],
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+        store_whitened: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: InverseFisher[NDArray],
+        gradients: Sliceable,
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+        store_whitened: bool = False,
+    ) -> None: ...
     def __init__(
         self,
         gradients: Any,
         *,
-        damping: float | Literal["auto"],
+        damping: Damping,
         reduce: Reduce | None = None,
         progress: bool = False,
         store_whitened: bool = False,
@@ -121,10 +153,10 @@ class InverseFisher(PrimalOrDual):
     @classmethod
     def from_gram(
         cls,
-        gradients: Any,
-        gram: Any,
+        gradients: AnyGradients,
+        gram: AnyArray,
         *,
-        damping: float | Literal["auto"],
+        damping: Damping,
         exact: bool = False,
         reduce: Reduce | None = None,
         progress: bool = False,
@@ -257,7 +289,7 @@ class InverseFisher(PrimalOrDual):
         if not hasattr(self, "_dual"):
             self._start(self._rows, digits.finite_gram(self._rows))
 
-    def solve_rows(self, e: Any) -> Any:
+    def solve_rows(self, e: ArrayT) -> ArrayT:
         """Return Gᵀ(GGᵀ + mλI)⁻¹e, the shortest step x for which Gx is e, but for the damping.
 
         It minimises ‖Gx − e‖²/m + λ‖x‖², and is F⁻¹Gᵀe/m, with nothing subtracted: one pass over
@@ -304,7 +336,8 @@ class InverseFisher(PrimalOrDual):
         """
         e = check.vector_argument(e, "e", self._rows.shape[0], ndim=(1, 2))
         check.beside(e, "e", self._like())
-        return self._ask(self._solve_rows, e)
+        step: ArrayT = self._ask(self._solve_rows, e)
+        return step
 
     def _solve_rows(self, e: Array) -> Array:
         self._by_dual()
@@ -355,7 +388,15 @@ class InverseFisher(PrimalOrDual):
         return self._rows, self._dual.gram
 
 
-def ihvp(gradients: Any, x: Any, *, damping: float | Literal["auto"]) -> Any:
+@overload
+def ihvp(gradients: Stored, x: NDArray, *, damping: Damping) -> NDArray: ...
+@overload
+def ihvp(gradients: Gradients[GivenT], x: GivenT, *, damping: Damping) -> GivenT: ...
+@overload
+def ihvp(gradients: Gradients[GivenT], x: list[GivenT], *, damping: Damping) -> list[GivenT]: ...
+@overload
+def ihvp(gradients: Sliceable, x: NDArray, *, damping: Damping) -> NDArray: ...
+def ihvp(gradients: Any, x: Any, *, damping: Damping) -> Any:
     """Return F⁻¹x for the damped empirical Fisher matrix F = λI + GᵀG/m, in one call.
 
     Parameters
@@ -411,7 +452,7 @@ def ihvp(gradients: Any, x: Any, *, damping: float | Literal["auto"]) -> Any:
     return autograd.solved(functools.partial(_ihvp, damping=damping), gradients, x)
 
 
-def _ihvp(gradients: Any, x: Any, damping: float | Literal["auto"]) -> Any:
+def _ihvp(gradients: Any, x: Any, damping: Damping) -> Any:
     rows = rows_of(gradients)
     rows.columns_argument(x, "x", (1, 2))  # before the work
     return InverseFisher(gradients, damping=damping) @ x

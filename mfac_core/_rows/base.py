@@ -25,15 +25,13 @@ from mfac_core._arrays import (
     widen,
 )
 from mfac_core._ops import rows as ops
+from mfac_core._typing import Reduce as Reduce
 
 FLOAT32_RANGE = 2.0**60
 """Size of m-sized numbers, and its inverse, outside of which their products may leave float32."""
 
 TAKE_BYTES = 1 << 25
 """Size of the float64 columns that are gathered at a time."""
-
-Reduce: TypeAlias = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-"""Sums a float64 NumPy array over ranks and returns the sum on each."""
 
 Columns: TypeAlias = Array | list[Array]
 """What has d rows: one array, or the list of its parts beside the parts of the gradients."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from mfac_core._arrays import Array
+from mfac_core._typing import ArrayT, GivenT, Sliceable
 
 
 @runtime_checkable
-class GradientRows(Protocol):
+class GradientRows(Protocol[ArrayT]):
     """Gradients G, shape (m, d), that need not exist: known by their Gram matrix and products.
 
     Any object with these members is taken wherever gradients are, by :class:`InverseFisher`,
@@ -89,7 +91,7 @@ class GradientRows(Protocol):
     def dtype(self) -> Any:
         """The dtype of the gradients."""
 
-    def gram(self) -> Array:
+    def gram(self) -> Any:
         """Return G Gᵀ.
 
         Returns
@@ -98,7 +100,7 @@ class GradientRows(Protocol):
             Symmetric; in float64 where the library has it.
         """
 
-    def project(self, x: Array) -> Array:
+    def project(self, x: ArrayT, /) -> ArrayT:
         """Return G x.
 
         Parameters
@@ -112,7 +114,7 @@ class GradientRows(Protocol):
             In any real floating dtype.
         """
 
-    def combine(self, c: Array) -> Array:
+    def combine(self, c: ArrayT, /) -> ArrayT:
         """Return Gᵀc.
 
         Parameters
@@ -125,3 +127,10 @@ class GradientRows(Protocol):
         array, shape (d,) or (d, k)
             In any real floating dtype.
         """
+
+
+AnyGradients: TypeAlias = Sliceable | Sequence[Sliceable | Path] | Path | GradientRows[Any]
+"""Whatever is taken for gradients."""
+
+Gradients: TypeAlias = GivenT | Sequence[GivenT] | GradientRows[GivenT]
+"""Gradients beside which vectors are arrays of the same type."""

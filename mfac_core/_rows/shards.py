@@ -86,6 +86,10 @@ class RowShards:
         known = [c for c in chunks if c is not None]
         self.chunks = tuple(max(sizes) for sizes in zip(*known, strict=True)) if known else None
 
+    def __repr__(self) -> str:
+        (m, d), n = self.shape, len(self._shards)
+        return f"<RowShards of {n} shards, {m} rows of {d} parameters with dtype {self.dtype}>"
+
     def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray[Any, Any]:
         rows, columns = key
         start, stop, _ = rows.indices(self.shape[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, NamedTuple, overload
 
 import numpy as np
 import scipy.linalg
@@ -11,7 +11,6 @@ import scipy.sparse
 
 from mfac_core import _validate as check
 from mfac_core._arrays import (
-    Array,
     array_namespace,
     has_float64,
     is_array_api_obj,
@@ -21,22 +20,22 @@ from mfac_core._arrays import (
 )
 from mfac_core._operators.samples import SampleInverse
 from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.protocol import Gradients
+from mfac_core._typing import ArrayT, Damping, GivenT, NDArray, Sliceable, Stored
 from mfac_core.influence._queries import products_of
 
-NDArray = np.ndarray[Any, Any]
 
-
-class Selection(NamedTuple):
+class Selection(NamedTuple, Generic[ArrayT]):
     """The training samples that were selected for each query, first the one that matters most."""
 
-    indices: Array
+    indices: ArrayT
     """(q, k), int64, or int32 where the library has no 64 bits."""
 
-    scores: Array
+    scores: ArrayT
     """(q, k)."""
 
 
-class Influence:
+class Influence(Generic[ArrayT]):
     """Influence of training samples on losses, and of leaving groups of them out.
 
     The training has minimised (1/m) Σ ℓᵢ(w) + λ‖w‖²/2, of which the quadratic model
@@ -90,11 +89,38 @@ class Influence:
            [0.66666667]])
     """
 
+    @overload
+    def __init__(
+        self: Influence[NDArray],
+        gradients: Stored,
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Influence[GivenT],
+        gradients: Gradients[GivenT],
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Influence[NDArray],
+        gradients: Sliceable,
+        *,
+        damping: Damping,
+        reduce: Reduce | None = None,
+        progress: bool = False,
+    ) -> None: ...
     def __init__(
         self,
         gradients: Any,
         *,
-        damping: float | Literal["auto"],
+        damping: Damping,
         reduce: Reduce | None = None,
         progress: bool = False,
     ) -> None:
@@ -102,7 +128,11 @@ class Influence:
             gradients, damping=damping, reduce=reduce, progress=progress
         )
 
-    def with_damping(self, damping: float) -> Influence:
+    def __repr__(self) -> str:
+        m, d = self._rows.shape
+        return f"<Influence of {m} samples on {d} parameters, damping {self.damping:g}>"
+
+    def with_damping(self, damping: float) -> Influence[ArrayT]:
         """Return the influence by the same gradients under another λ.
 
         Parameters
@@ -149,7 +179,7 @@ class Influence:
     def _m(self) -> int:
         return self._rows.shape[0]
 
-    def scores(self, queries: Any) -> Array:
+    def scores(self, queries: Any) -> ArrayT:
         """Return the influence of every training sample on every query, g_qᵀF⁻¹gᵢ/m.
 
         Parameters
@@ -177,7 +207,7 @@ class Influence:
         """
         return self._sent(np.concatenate([np.zeros((0, self._m)), *self._scores(queries)]))
 
-    def self_influence(self) -> Array:
+    def self_influence(self) -> ArrayT:
         """Return the influence of every training sample on its own loss, gᵢᵀF⁻¹gᵢ/m.
 
         Returns
@@ -190,7 +220,7 @@ class Influence:
         gram, kernel = self._inverse.matrices()
         return self._sent(np.clip(np.einsum("ij,ij->i", gram, kernel), 0.0, 1.0))
 
-    def leave_out(self, groups: Iterable[Any], queries: Any = None) -> Array:
+    def leave_out(self, groups: Iterable[Any], queries: Any = None) -> ArrayT:
         """Return what leaving out each group changes, exactly under the quadratic model.
 
         Without a group S the loss is (1/m) Σ_{i∉S} ℓᵢ(w) + λ‖w‖²/2, the weights of all that stays
@@ -238,7 +268,7 @@ class Influence:
         changes = [spread.T @ scores.T for scores in self._scores(queries)]
         return self._sent(np.concatenate([np.zeros((len(weights), 0)), *changes], axis=1))
 
-    def most_helpful(self, queries: Any, k: int) -> Selection:
+    def most_helpful(self, queries: Any, k: int) -> Selection[ArrayT]:
         """Return the k training samples without which the loss of a query would rise most.
 
         Parameters
@@ -256,7 +286,7 @@ class Influence:
         """
         return self._selected(queries, k, lambda scores: -scores)
 
-    def most_harmful(self, queries: Any, k: int) -> Selection:
+    def most_harmful(self, queries: Any, k: int) -> Selection[ArrayT]:
         """Return the k training samples without which the loss of a query would fall most.
 
         Parameters
@@ -322,7 +352,9 @@ class Influence:
                 raise ValueError(msg)
             yield self._inverse.solve(products).T
 
-    def _selected(self, queries: Any, k: int, order: Callable[[NDArray], NDArray]) -> Selection:
+    def _selected(
+        self, queries: Any, k: int, order: Callable[[NDArray], NDArray]
+    ) -> Selection[ArrayT]:
         k = check.integer(k, "k", minimum=1)
         if k > self._m:
             msg = f"k must be at most the number of training samples, {self._m}, got {k}"
@@ -340,6 +372,7 @@ class Influence:
         found = send(np.concatenate(indices), like, xp.int64 if has_float64(like) else xp.int32)
         return Selection(found, self._sent(np.concatenate(values)))
 
-    def _sent(self, values: NDArray) -> Array:
+    def _sent(self, values: NDArray) -> ArrayT:
         like = self._rows.like
-        return send(values, like, promote(like, array_namespace(like).float32))
+        sent: ArrayT = send(values, like, promote(like, array_namespace(like).float32))
+        return sent

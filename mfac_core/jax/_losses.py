@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from mfac_core._arrays import Array
 from mfac_core._progress import track
 from mfac_core._rows.passes import difference
 from mfac_core._validate import NonFiniteError

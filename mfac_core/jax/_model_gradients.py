@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mfac_core import _validate as check
-from mfac_core._arrays import Array
 from mfac_core._jax.pairs import add_pairs, cross
 from mfac_core._rows import tiles
 from mfac_core.jax._losses import Losses, NDArray, Tree
@@ -144,6 +144,10 @@ class ModelGradients:
     def __array_namespace__(self, *, api_version: str | None = None) -> Any:
         """Return the namespace of the arrays that products take and give."""
         return self._xp
+
+    def __repr__(self) -> str:
+        m, d = self.shape
+        return f"<ModelGradients of {m} rows of {d} parameters with dtype {self.dtype}>"
 
     def in_float64(self) -> ModelGradients:
         """Return the same rows by passes in float64, of the parameters and of the batches.

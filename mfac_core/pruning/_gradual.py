@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
@@ -14,21 +14,23 @@ from mfac_core._operators.online import BlockFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._progress import track
 from mfac_core._rows.base import Reduce
+from mfac_core._rows.protocol import AnyGradients
 from mfac_core._rows.storage import rows_of
+from mfac_core._typing import AnyArray, ArrayT, BlockSize, Damping, GivenT, Layers, Scope, Update
 from mfac_core.pruning._arguments import mask_argument
 from mfac_core.pruning._layers import LayerShare
 from mfac_core.pruning._prune import PrunedWeights, prune
 
 
-class _Step(NamedTuple):
+class _Step(NamedTuple, Generic[ArrayT]):
     step: int
     sparsity: float
-    weights: Array
-    mask: Array
+    weights: ArrayT
+    mask: Any
     loss_increase: float
 
 
-class GradualStep(_Step):
+class GradualStep(_Step[ArrayT]):
     """The state after a step of :func:`gradual`: a tuple of five, with a report beside it.
 
     Attributes
@@ -54,25 +56,25 @@ class GradualStep(_Step):
 
 
 def gradual(
-    weights: Array,
-    gradients: Callable[[Array, Array], Any],
+    weights: GivenT,
+    gradients: Callable[[GivenT, Any], AnyGradients | BlockFisher],
     *,
     sparsity: Sequence[float] | Sequence[Sequence[float]],
-    pattern: str | int | Array | None = None,
-    mask: Array | None = None,
-    layers: Sequence[int | Sequence[int]] | None = None,
-    damping: float | Literal["auto"],
-    block_size: int | Sequence[int] | None = None,
+    pattern: str | int | AnyArray | None = None,
+    mask: AnyArray | None = None,
+    layers: Layers | None = None,
+    damping: Damping,
+    block_size: BlockSize | None = None,
     stages: int = 1,
-    update: str = "joint",
-    loss: Callable[[Array], float] | None = None,
-    finetune: Callable[[Array, Array], Array] | None = None,
+    update: Update = "joint",
+    loss: Callable[[GivenT], float] | None = None,
+    finetune: Callable[[GivenT, Any], GivenT] | None = None,
     start: int = 0,
-    scope: str = "layer",
+    scope: Scope = "layer",
     floor: float = 0.0,
     reduce: Reduce | None = None,
     progress: bool = False,
-) -> Iterator[GradualStep]:
+) -> Iterator[GradualStep[GivenT]]:
     """Prune step by step, each step by the gradients at the weights that are left.
 
     Parameters
@@ -164,7 +166,7 @@ def gradual(
     if mask is not None:
         kept = mask_argument(mask, d, home)
 
-    def steps() -> Iterator[GradualStep]:
+    def steps() -> Iterator[GradualStep[GivenT]]:
         now, left = weights, send(kept, weights, boolean)
         numbers = range(start, len(shares))
         for number in track(numbers, "gradual pruning") if progress else numbers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from mfac_core._operators.online import BlockFisher
 from mfac_core._ops import blocks as ops
 from mfac_core._progress import track
 from mfac_core._rows.base import Reduce, Rows
+from mfac_core._rows.protocol import AnyGradients
 from mfac_core._rows.storage import rows_of
+from mfac_core._typing import AnyArray, ArrayT, BlockSize, Damping, GivenT, Layers, Scope, Update
 from mfac_core._warn import warn
 from mfac_core.pruning import _trust
 from mfac_core.pruning._arguments import chosen_damping, mask_argument, vector_argument
@@ -29,13 +31,13 @@ WORTH_SAYING = 0.25
 """Share of the weights that were to go from which on it is said that groups let none."""
 
 
-class _Pruned(NamedTuple):
-    weights: Array
-    mask: Array
+class _Pruned(NamedTuple, Generic[ArrayT]):
+    weights: ArrayT
+    mask: Any
     loss_increase: float
 
 
-class PrunedWeights(_Pruned):
+class PrunedWeights(_Pruned[ArrayT]):
     """What pruning returns: a tuple of three, with a report beside it.
 
     Attributes
@@ -58,7 +60,9 @@ class PrunedWeights(_Pruned):
     damping: float = math.nan
 
 
-def saliency(weights: Array, inverse: SymmetricOperator, *, reduce: Reduce | None = None) -> Array:
+def saliency(
+    weights: GivenT, inverse: SymmetricOperator, *, reduce: Reduce | None = None
+) -> GivenT:
     """Return wᵢ² / (2 [F⁻¹]ᵢᵢ): the rise of the loss when weight i alone is removed.
 
     The other weights are taken to move to their best values. This is the saliency of the optimal
@@ -99,9 +103,9 @@ def saliency(weights: Array, inverse: SymmetricOperator, *, reduce: Reduce | Non
     >>> saliency(np.array([1.0, 1.0]), inverse)
     array([1. , 0.5])
     """
-    weights = check.vector_argument(weights, "weights", inverse.shape[0])
-    check.beside(weights, "weights", inverse._like())
-    scores = weights * weights / (2.0 * inverse.diagonal())
+    w = check.vector_argument(weights, "weights", inverse.shape[0])
+    check.beside(w, "weights", inverse._like())
+    scores: GivenT = w * w / (2.0 * inverse.diagonal())
     if reduce is not None:
         wrong = not bool(array_namespace(scores).all(array_namespace(scores).isfinite(scores)))
         if float(reduce(np.array([float(wrong)]))[0]):
@@ -111,15 +115,15 @@ def saliency(weights: Array, inverse: SymmetricOperator, *, reduce: Reduce | Non
 
 
 def obs_update(
-    weights: Array,
-    gradients: Any,
-    mask: Array,
+    weights: GivenT,
+    gradients: AnyGradients | BlockFisher,
+    mask: AnyArray,
     *,
-    damping: float | Literal["auto"],
-    block_size: int | Sequence[int] | None = None,
-    gradient: Array | None = None,
+    damping: Damping,
+    block_size: BlockSize | None = None,
+    gradient: AnyArray | None = None,
     reduce: Reduce | None = None,
-) -> Array:
+) -> GivenT:
     """Remove weights, and change the kept ones to the joint optimum of the quadratic model.
 
     Parameters
@@ -175,28 +179,29 @@ def obs_update(
     rows = _rows_argument(gradients, block_size, reduce)
     model = _model(rows, weights, gradient, damping, block_size)
     model.restrict(mask_argument(mask, rows.shape[1], model.home))
-    return send(model.optimum()[0], weights, weights.dtype)
+    new: GivenT = send(model.optimum()[0], weights, weights.dtype)
+    return new
 
 
 def prune(
-    weights: Array,
-    gradients: Any,
+    weights: GivenT,
+    gradients: AnyGradients | BlockFisher,
     *,
     sparsity: float | Sequence[float] | None = None,
-    pattern: str | int | Array | None = None,
-    mask: Array | None = None,
-    layers: Sequence[int | Sequence[int]] | None = None,
-    damping: float | Literal["auto"],
-    block_size: int | Sequence[int] | None = None,
-    gradient: Array | None = None,
+    pattern: str | int | AnyArray | None = None,
+    mask: AnyArray | None = None,
+    layers: Layers | None = None,
+    damping: Damping,
+    block_size: BlockSize | None = None,
+    gradient: AnyArray | None = None,
     stages: int = 16,
-    update: str = "joint",
-    loss: Callable[[Array], float] | None = None,
-    scope: str = "layer",
+    update: Update = "joint",
+    loss: Callable[[GivenT], float] | None = None,
+    scope: Scope = "layer",
     floor: float = 0.0,
     reduce: Reduce | None = None,
     progress: bool = False,
-) -> PrunedWeights:
+) -> PrunedWeights[GivenT]:
     """Choose weights to remove, in stages, and update the kept ones.
 
     Parameters
@@ -409,10 +414,10 @@ def _rows_argument(
 
 def _model(
     rows: Rows | BlockFisher,
-    weights: Array,
-    gradient: Array | None,
-    damping: float | Literal["auto"],
-    block_size: int | Sequence[int] | None,
+    weights: GivenT,
+    gradient: AnyArray | None,
+    damping: Damping,
+    block_size: BlockSize | None,
     kept: Mask | None = None,
 ) -> QuadraticModel:
     """Check what a model is made of; λ is chosen by the kept weights, of all of them by default."""

@@ -1,6 +1,11 @@
 """The optimiser for PyTorch, gradients of its models, and pruning them."""
 
-from mfac_core.torch._model_gradients import ModelGradients as ModelGradients
+from mfac_core._extras import missing
+
+try:
+    from mfac_core.torch._model_gradients import ModelGradients as ModelGradients
+except ModuleNotFoundError as error:
+    raise missing(error, "torch") from None
 from mfac_core.torch._optimizer import MFAC as MFAC
 from mfac_core.torch._per_sample import per_sample_gradients as per_sample_gradients
 from mfac_core.torch._pruner import Pruner as Pruner

@@ -17,8 +17,6 @@ from mfac_core.torch._ranks import all_rows, mean, same
 from mfac_core.torch._store import put, store_for, width
 from mfac_core.torch._unchanged import unchanged
 
-Tensor = Any
-
 MOST_ROWS = 256
 """Batches for a step, unless somebody says how many."""
 

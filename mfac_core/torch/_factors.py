@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from mfac_core._ops._blocks import GRAM_COLUMNS, column_slices
 from mfac_core._ops._precision import full_float32
-
-Tensor = Any
 
 PRODUCT_BYTES = 1 << 25
 """Size of the products between places of rows that are summed at a time."""

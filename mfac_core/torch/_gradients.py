@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mfac_core import _validate as check
 from mfac_core._progress import track
@@ -17,7 +18,6 @@ from mfac_core.torch._parameters import Choice, bare, chosen, with_gradient
 from mfac_core.torch._sharding import Sharding, is_dtensor, local, local_vector
 from mfac_core.torch._unchanged import unchanged
 
-Tensor = Any
 Loss = Callable[[Any, Any], Tensor]
 
 

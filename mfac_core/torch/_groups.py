@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mfac_core.torch._masks import Masked
-
-Tensor = Any
 
 AXES = {"filter": 0, "row": 0, "channel": 1, "column": 1}
 """Named groups along an axis: what makes one output, or takes in one input."""

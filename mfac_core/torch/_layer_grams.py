@@ -7,13 +7,12 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mfac_core._rows import tiles
 from mfac_core.torch._factors import Factor, Full, added
 from mfac_core.torch._layers import Recorder
 from mfac_core.torch._losses import Losses, Values, backward
-
-Tensor = Any
 
 REST = "*"
 """Name of the gradients by all parameters that no layer explains, side by side."""

@@ -9,12 +9,10 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mfac_core.torch._factors import Factor, Full, Lookup, is_smaller_outer, outer
-
-Tensor = Any
 
 Found: TypeAlias = dict[str, Callable[[], Factor]]
 """Gradients by parameter, each to be computed if it is wanted."""

@@ -11,11 +11,10 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mfac_core.torch._sharding import local
 from mfac_core.torch._state import SPARSE, State, packed, rows_in
-
-Tensor = Any
 
 
 class Closed:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfac_core._rows.passes import difference
@@ -15,7 +16,6 @@ from mfac_core.torch._gradients import Loss, bar, common_dtype
 from mfac_core.torch._parameters import in_places
 from mfac_core.torch._unchanged import unchanged
 
-Tensor = Any
 Values = Mapping[str, Tensor]
 
 MODEL = "model"

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import prune
 
 from mfac_core.torch._statistics import put_back, saved
-
-Tensor = Any
 
 READERS = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
 """Modules that read the weights of those in them without calling these."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mfac_core._arrays import array_namespace
 from mfac_core._operators.sliding import SlidingInverseFisher
@@ -18,8 +19,6 @@ from mfac_core._rows.base import Reduce
 from mfac_core._rows.ring import ArrayRing
 from mfac_core._rows.shared_ring import SharedRing
 from mfac_core.torch._sharding import Sharding, is_dtensor, is_flattened, local
-
-Tensor = Any
 
 
 class Flat:

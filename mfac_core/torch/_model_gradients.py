@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mfac_core import _validate as check
 from mfac_core._warn import warn
@@ -17,8 +18,6 @@ from mfac_core.torch._layer_grams import LayerGrams
 from mfac_core.torch._losses import Losses, Values, backward
 from mfac_core.torch._parameters import Choice, bare
 from mfac_core.torch._store import width
-
-Tensor = Any
 
 MEMORY = 1 << 28
 """Bytes that gradients may take, by default."""
@@ -155,6 +154,10 @@ class ModelGradients:
         self.device = next(iter(self._columns.values())).device
         self.losses = self._losses.recorded
         self.shape = len(self.losses), width(self._columns)
+
+    def __repr__(self) -> str:
+        m, d = self.shape
+        return f"<ModelGradients of {m} rows of {d} parameters with dtype {self.dtype}>"
 
     def in_float64(self) -> ModelGradients:
         """Return the same rows by passes in float64, of the model and of the batches.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from mfac_core._operators.sliding import SlidingInverseFisher
 from mfac_core._rows.base import Reduce
@@ -20,11 +22,12 @@ from mfac_core.torch._loading import Closed, closed
 from mfac_core.torch._memory import Flat, Memory
 from mfac_core.torch._sharding import local, local_gradient
 
-Tensor = Any
-
 _ATTRIBUTES = (
     *("window_size", "density", "window_dtype", "window_device", "reduce", "skipped_steps"),
 )
+
+
+Loss = TypeVar("Loss")
 
 
 class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
@@ -153,7 +156,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float | Tensor = 1e-2,
         *,
         window_size: int = 64,
@@ -164,8 +167,8 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         density: float | None = None,
-        window_dtype: Any = None,
-        window_device: Any = None,
+        window_dtype: torch.dtype | None = None,
+        window_device: torch.device | str | None = None,
         reduce: Reduce | None = None,
     ) -> None:
         if isinstance(lr, torch.Tensor) and lr.numel() != 1:
@@ -246,14 +249,25 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
             group["damping"] = value
 
     @property
-    def window(self) -> SlidingInverseFisher | None:
+    def window(self) -> SlidingInverseFisher[Tensor] | None:
         """The gradients and their inverse Fisher; None before the first step."""
         return self._arranged().window if self.state else None
+
+    def __repr__(self) -> str:
+        own = f"    window_size: {self.window_size}\n"
+        if self.density is not None:
+            own += f"    density: {self.density}\n"
+        text: str = super().__repr__()
+        return text.replace("(\n", "(\n" + own, 1)
 
     @property
     def _velocity(self) -> Flat | None:
         return self._arranged().velocity if self.state else None
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters by one step.

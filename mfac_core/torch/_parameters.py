@@ -7,9 +7,8 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-
-Tensor = Any
 
 Choice: TypeAlias = "str | Tensor | Iterable[str | Tensor] | Callable[[str, Tensor], bool]"
 """Names, patterns or parameters, one or many, or a predicate on (name, parameter)."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, overload
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfac_core import _validate as check
+from mfac_core._typing import Sliceable
 from mfac_core._warn import warn
 from mfac_core.torch._gradients import (
     columns_of,
@@ -22,8 +26,7 @@ from mfac_core.torch._parameters import Choice, bare, in_places
 from mfac_core.torch._store import store_for, width
 from mfac_core.torch._unchanged import unchanged
 
-Tensor = Any
-Inputs = Any  # a tensor, a tuple of tensors, or a mapping of names to tensors
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 CHUNK_BYTES = 1 << 28
 """What the rows of a chunk and their activations may take, as far as can be told beforehand."""
@@ -32,6 +35,45 @@ ACTIVATIONS = 64
 """How many times the size of its input the activations of a sample are taken to be."""
 
 
+OutT = TypeVar("OutT", bound=Sliceable)
+
+
+@overload
+def per_sample_gradients(
+    model: torch.nn.Module,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    inputs: Inputs,
+    targets: Tensor,
+    chunk_size: int | None = None,
+    *,
+    samples_per_row: int = 1,
+    parameters: Choice | None = None,
+    out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def per_sample_gradients(
+    model: torch.nn.Module,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    inputs: Inputs,
+    targets: Tensor,
+    chunk_size: int | None = None,
+    *,
+    samples_per_row: int = 1,
+    parameters: Choice | None = None,
+    out: OutT,
+) -> OutT: ...
+@overload
+def per_sample_gradients(
+    model: torch.nn.Module,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    inputs: Inputs,
+    targets: Tensor,
+    chunk_size: int | None = None,
+    *,
+    samples_per_row: int = 1,
+    parameters: Choice | None = None,
+    out: str | Path,
+) -> np.memmap[Any, Any]: ...
 def per_sample_gradients(
     model: torch.nn.Module,
     loss_fn: Callable[[Any, Tensor], Tensor],

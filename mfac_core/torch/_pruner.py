@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mfac_core import _validate as check
+from mfac_core._typing import Update
 from mfac_core.torch import _batches, _groups, _storage
 from mfac_core.torch._calibration import Calibration, evaluating, fetched
 from mfac_core.torch._gradients import Loss, refuse_sharded
@@ -15,9 +18,7 @@ from mfac_core.torch._masks import Masked, Masks, semi_structured
 from mfac_core.torch._parameters import Choice, bare, chosen, prunable
 from mfac_core.torch._ranks import group_of, same
 from mfac_core.torch._report import LayerReport, Report, StepReport
-from mfac_core.torch._solve import Settings, solve
-
-Tensor = Any
+from mfac_core.torch._solve import BlockSizeChoice, DampingChoice, LayersChoice, Settings, solve
 
 LAYERS = ("global", "uniform")
 UPDATES = ("joint", "independent")
@@ -119,13 +120,13 @@ class Pruner:
         parameters: Choice | None = None,
         exclude: Choice | None = None,
         pattern: str | None = None,
-        layers: str = "global",
+        layers: LayersChoice = "global",
         rows: int | None = None,
-        damping: float | str = "auto",
-        block_size: int | str | None = "auto",
-        update: str = "joint",
-        storage: Any = None,
-        dtype: Any = None,
+        damping: DampingChoice = "auto",
+        block_size: BlockSizeChoice = "auto",
+        update: Update = "joint",
+        storage: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> None:
         for name, value, known in (("layers", layers, LAYERS), ("update", update, UPDATES)):
@@ -238,6 +239,12 @@ class Pruner:
             )
         self._steps.append(report)
         return report
+
+    def __repr__(self) -> str:
+        masks = self.masks.values()
+        size, kept = sum(m.numel() for m in masks), sum(int(m.sum()) for m in masks)
+        state = f"after {len(self._steps)} steps" if self._final is None else "finalized"
+        return f"<Pruner of {size} weights in {len(masks)} parameters, {kept} kept, {state}>"
 
     @property
     def masks(self) -> dict[str, Tensor]:

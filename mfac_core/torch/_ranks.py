@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mfac_core.torch._parameters import COMPILED
-
-Tensor = Any
 
 
 def group_of(model: torch.nn.Module) -> Any:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mfac_core import _validate as check
+from mfac_core._typing import Sliceable
 from mfac_core.torch import _batches
 from mfac_core.torch._gradients import (
     Loss,
@@ -22,7 +26,51 @@ from mfac_core.torch._parameters import Choice
 from mfac_core.torch._ranks import agreed, exchanged, share
 from mfac_core.torch._store import put, store_for, width
 
+OutT = TypeVar("OutT", bound=Sliceable)
 
+
+@overload
+def gradient_rows(
+    model: torch.nn.Module,
+    loss_fn: Loss,
+    batches: Iterable[Any],
+    *,
+    parameters: Choice | None = None,
+    rows: int | None = None,
+    out: Tensor | None = None,
+    start: int = 0,
+    dtype: torch.dtype | None = None,
+    group: Any = None,
+    progress: bool = False,
+) -> Tensor: ...
+@overload
+def gradient_rows(
+    model: torch.nn.Module,
+    loss_fn: Loss,
+    batches: Iterable[Any],
+    *,
+    parameters: Choice | None = None,
+    rows: int | None = None,
+    out: OutT,
+    start: int = 0,
+    dtype: torch.dtype | None = None,
+    group: Any = None,
+    progress: bool = False,
+) -> OutT: ...
+@overload
+def gradient_rows(
+    model: torch.nn.Module,
+    loss_fn: Loss,
+    batches: Iterable[Any],
+    *,
+    parameters: Choice | None = None,
+    rows: int | None = None,
+    out: str | Path,
+    start: int = 0,
+    dtype: torch.dtype | None = None,
+    group: Any = None,
+    progress: bool = False,
+) -> np.memmap[Any, Any]: ...
 def gradient_rows(
     model: torch.nn.Module,
     loss_fn: Loss,
@@ -32,7 +80,7 @@ def gradient_rows(
     rows: int | None = None,
     out: Any = None,
     start: int = 0,
-    dtype: Any = None,
+    dtype: torch.dtype | None = None,
     group: Any = None,
     progress: bool = False,
 ) -> Any:

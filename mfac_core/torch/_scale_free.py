@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from mfac_core._scale_free import FAINT
 from mfac_core.torch._memory import Memory
-
-Tensor = Any
 
 LARGEST_EXPONENT = 100
 """Of a length that numbers in float32 can be divided by without leaving it."""

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from mfac_core import _validate as check
 from mfac_core._progress import track
+from mfac_core._typing import Update
 from mfac_core.pruning import exponential_schedule
 from mfac_core.torch._gradients import Loss
+from mfac_core.torch._parameters import Choice
 from mfac_core.torch._pruner import Pruner
+from mfac_core.torch._solve import BlockSizeChoice, DampingChoice, LayersChoice
+
+
+class Options(TypedDict, total=False):
+    """Arguments of :class:`Pruner`."""
+
+    parameters: Choice | None
+    exclude: Choice | None
+    pattern: str | None
+    layers: LayersChoice
+    rows: int | None
+    damping: DampingChoice
+    block_size: BlockSizeChoice
+    update: Update
+    storage: str | os.PathLike[str] | None
+    dtype: torch.dtype | None
 
 
 def prune_model(
@@ -23,7 +42,7 @@ def prune_model(
     steps: int = 16,
     finetune: Callable[[torch.nn.Module], Any] | None = None,
     progress: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Pruner:
     """Prune a model in place step by step, with fresh gradients for each step.
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mfac_core._rows.base import Reduce
-
-Tensor = Any
 
 
 def is_dtensor(x: Any) -> bool:

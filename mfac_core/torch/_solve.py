@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from mfac_core._typing import Update
 from mfac_core.pruning import prune
 from mfac_core.torch import _groups
 from mfac_core.torch._masks import Masked
-
-Tensor = Any
 
 BLOCK_ROWS, BLOCK = 4, 1024
 """Weights in a block of the Fisher matrix, for each row and at most, unless somebody says how many.
@@ -29,15 +29,22 @@ SLICE = 1 << 22
 """Entries of the rows that are widened at a time."""
 
 
+LayersChoice: TypeAlias = Literal["global", "uniform"]
+
+DampingChoice: TypeAlias = float | Literal["auto", "leave-one-out"]
+
+BlockSizeChoice: TypeAlias = int | Literal["auto"] | None
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to prune: see :class:`Pruner`."""
 
     pattern: str | None
-    layers: str
-    damping: float | str
-    block_size: int | str | None
-    update: str
+    layers: LayersChoice
+    damping: DampingChoice
+    block_size: BlockSizeChoice
+    update: Update
 
 
 @dataclass(frozen=True)

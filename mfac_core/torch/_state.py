@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mfac_core._operators import state as window_state
 from mfac_core.torch._memory import Memory
@@ -22,7 +23,6 @@ from mfac_core.torch._sharding import (
     vector_like,
 )
 
-Tensor = Any
 State = dict[str, Any]
 
 COUNTERS = (

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-Tensor = Any
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 

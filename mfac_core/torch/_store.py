@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mfac_core import _validate as check
 from mfac_core.torch._sharding import local
-
-Tensor = Any
 
 
 class Store(Protocol):

@@ -259,5 +259,6 @@ def _stretches(
             start += sum(some)
             continue
         for size in some:
-            yield start, FullPart(rows if whole else rows.stretch(start, start + size), damping)
+            here = rows if whole and len(some) == 1 else rows.stretch(start, start + size)
+            yield start, FullPart(here, damping)
             start += size

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from conftest import CASES, numpy64, relative_error
+from conftest import BACKENDS, CASES, numpy64, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import blocks_of, constrained_optimum, cuts, increase, problems
@@ -44,6 +44,23 @@ def test_a_larger_problem_in_float64(rng):
     best = obs_update(w, g, mask, damping=1e-3)
     expected = constrained_optimum(dense_fisher(g, damping=1e-3), w, mask)
     assert relative_error(best, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("lengths", [[12, 12], [8, 16], [2, 8, 3, 11], [24]])
+@pytest.mark.parametrize("backend", BACKENDS[:2], ids=lambda b: b.name)
+def test_blocks_too_long_for_batches(backend, lengths, problem, monkeypatch):
+    """Those of 8 and more go one by one, beside batches of shorter ones."""
+    monkeypatch.setattr("mfac_core.pruning._kept.WIDE_BYTES", 8 * 7 * 10)
+    w, g = problem
+    fisher = blocks_of(dense_fisher(g, damping=0.1), lengths)
+    pruned = prune(
+        *(backend.asarray(some, "float64") for some in (w, g)),
+        sparsity=0.5, damping=0.1, block_size=lengths, stages=1,
+    )  # fmt: skip
+    mask = numpy64(pruned.mask).astype(bool)
+    saliencies = w**2 / np.linalg.inv(fisher).diagonal()
+    assert (np.flatnonzero(~mask) == np.sort(np.argsort(saliencies)[:12])).all()
+    assert relative_error(pruned.weights, constrained_optimum(fisher, w, mask)) <= 1e-10
 
 
 def test_saliency_is_the_increase_of_removing_one(problem):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -40,7 +40,7 @@ class NonFiniteError(ValueError):
 
 def array_argument(x: Any, name: str) -> Array:
     """Return ``x`` when it is a real floating array, without its subclass or autograd history."""
-    if not is_array_api_obj(x):
+    if not is_array_api_obj(x) or isinstance(x, type):
         msg = (
             f"{name} must be an array of NumPy, CuPy, PyTorch, JAX or another array-API library, "
             f"got {type(x).__name__}; convert it first, for example with numpy.asarray"
@@ -76,6 +76,35 @@ def array_argument(x: Any, name: str) -> Array:
         )
         raise TypeError(msg)
     return x.detach() if is_torch_array(x) else x
+
+
+def function_argument(value: Any, name: str, of: str) -> None:
+    """Check what is to be called."""
+    if not callable(value):
+        msg = f"{name} must be a function of {of}, got {value!r}"
+        raise TypeError(msg)
+
+
+def reduce_argument(value: Any) -> None:
+    """Check a sum over ranks, which may be None."""
+    if value is not None:
+        function_argument(value, "reduce", "a small NumPy array that returns its sum over ranks")
+
+
+def iterable_argument(value: Any, name: str, of: str) -> None:
+    """Check what is to be gone through."""
+    if not isinstance(value, Iterable):
+        msg = f"{name} must be an iterable of {of}, got {value!r}"
+        raise TypeError(msg)
+
+
+def generator(rng: Any) -> np.random.Generator:
+    """Return a source of randomness, from a seed or as it is."""
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError):
+        msg = f"rng must be a numpy.random.Generator, or a seed of at least 0, got {rng!r}"
+        raise TypeError(msg) from None
 
 
 def gradients_argument(gradients: Any, name: str = "gradients") -> Array:
@@ -170,13 +199,19 @@ def vector_argument(x: Any, name: str, length: int, *, ndim: tuple[int, ...] = (
     return x
 
 
+def _float(value: Any, expected: str) -> float:
+    try:
+        if not isinstance(value, (bool, str)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    msg = f"{expected}, got {value!r}"
+    raise TypeError(msg)
+
+
 def positive_number(value: Any, name: str) -> float:
     """Return ``value`` as a finite float above zero."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        msg = f"{name} must be a positive number, got {value!r}"
-        raise TypeError(msg) from None
+    number = _float(value, f"{name} must be a positive number")
     if not 0.0 < number < math.inf:
         msg = f"{name} must be finite and positive, got {number!r}"
         raise ValueError(msg)
@@ -202,11 +237,7 @@ def damping_or_auto(value: Any) -> float | None:
 
 def finite_number(value: Any, name: str) -> float:
     """Return ``value`` as a finite float."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        msg = f"{name} must be a number, got {value!r}"
-        raise TypeError(msg) from None
+    number = _float(value, f"{name} must be a number")
     if not math.isfinite(number):
         msg = f"{name} must be finite, got {number!r}"
         raise ValueError(msg)
@@ -307,6 +338,7 @@ def block_sizes_by_layer(
 
 def layer_shapes(layers: Sequence[Any], d: int) -> list[tuple[int, ...]]:
     """Return the shapes of layers that sum to d weights; (length,) where only that is given."""
+    iterable_argument(layers, "layers", "lengths or shapes")
     shapes = []
     for i, given in enumerate(layers):
         numbers = given if isinstance(given, Sequence) else [given]

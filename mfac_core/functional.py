@@ -99,8 +99,12 @@ def init(
     m = check.integer(window_size, "window_size", minimum=1)
     if not is_traced(damping):
         check.damping(damping)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        msg = f"dtype must be real floating point, got {jnp.dtype(dtype)}"
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except (TypeError, ValueError):
+        floating = False
+    if not floating:
+        msg = f"dtype must be real floating point, got {dtype!r}"
         raise TypeError(msg)
     gradients = jnp.zeros((m, d), dtype)
     return State(

@@ -476,7 +476,7 @@ def _assert_close(name: str, actual: NDArray, expected: Any, rtol: float) -> Non
 
 
 def _wide(x: Array) -> NDArray:
-    return to_numpy(x).astype(np.float64)
+    return to_numpy(check.array_argument(x, "the argument")).astype(np.float64)
 
 
 def _spacing(x: Array) -> float:

@@ -381,7 +381,7 @@ class SymmetricOperator(ABC, Generic[ArrayT]):
             Draws from N(0, op), in the gradients' dtype.
         """
         n = check.integer(n, "n", minimum=1)
-        draws: ArrayT = self._ask(self._sample, n, np.random.default_rng(rng)).T
+        draws: ArrayT = self._ask(self._sample, n, check.generator(rng)).T
         return draws
 
     def rmatvec(self, x: ArrayT) -> ArrayT:

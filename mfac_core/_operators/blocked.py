@@ -290,6 +290,7 @@ class BlockInverseFisher(BlockDiagonal[ArrayT]):
         BlockFisher : The sums, to be added to or pruned from.
         """
         damping = check.damping(damping)
+        check.iterable_argument(gradients, "gradients", "arrays of gradients")
         sums = BlockFisher(block_size=block_size)
         for some in gradients:
             sums.add(some)

@@ -328,6 +328,7 @@ def _asked(
 
 
 def _grid_argument(dampings: Sequence[float]) -> NDArray:
+    check.iterable_argument(dampings, "dampings", "numbers above 0")
     grid = np.sort([check.damping(damping) for damping in dampings])
     if not len(grid):
         msg = "dampings must hold at least one λ, got none"

@@ -14,6 +14,9 @@ from mfac_core._operators.base import Indices, SymmetricOperator
 from mfac_core._rows.base import Rows, first_of
 from mfac_core._typing import ArrayT
 
+LARGEST_POWER = 1e300
+"""Of λ, and its inverse."""
+
 
 class LowRankOperator(SymmetricOperator[ArrayT]):
     """α·I + Gᵀ M G with the gradients G (m, d) and a symmetric M (m, m), a function of F.
@@ -114,6 +117,9 @@ class LowRankOperator(SymmetricOperator[ArrayT]):
         return super().power(p)
 
     def _power(self, p: float) -> FisherPower[ArrayT]:
+        if abs(p * math.log(self._damping)) > math.log(LARGEST_POWER):
+            msg = f"p must leave λᵖ within float64, got {p:g} for a damping of {self._damping:g}"
+            raise ValueError(msg)
         rows, gram = self._frozen()
         return FisherPower(rows, gram, self._damping, self._divisor, p * self._exponent)
 

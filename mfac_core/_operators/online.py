@@ -64,6 +64,7 @@ class BlockFisher:
 
     def __init__(self, *, block_size: BlockSize, reduce: Reduce | None = None) -> None:
         self._block_size = block_size
+        check.reduce_argument(reduce)
         self.reduce = reduce
         self.count = 0
         self.block_sizes: tuple[int, ...] = ()

@@ -150,6 +150,7 @@ class SlidingInverseFisher(PrimalOrDual[ArrayT]):
             msg = f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}"
             raise ValueError(msg)
         self.normalization = normalization
+        check.reduce_argument(reduce)
         self._reduce = reduce
         if device is not None and xp is None:
             msg = "device needs xp, the array namespace it belongs to; give both or neither"
@@ -158,7 +159,15 @@ class SlidingInverseFisher(PrimalOrDual[ArrayT]):
         self._given_dtype = dtype
         # Until library and dtype are known the ring has no rows.
         space = np if xp is None else xp
-        like = space.zeros((0, self.num_params), dtype=dtype, **_on(device))
+        if not hasattr(space, "zeros"):
+            msg = f"xp must be an array namespace, such as numpy or torch, got {xp!r}"
+            raise TypeError(msg)
+        try:
+            like = space.zeros((0, self.num_params), dtype=dtype, **_on(device))
+        except (TypeError, ValueError) as error:
+            of = getattr(space, "__name__", space)
+            msg = f"dtype must be one of {of}, and device one of its devices: {error}"
+            raise TypeError(msg) from None
         self._hold(self._ring(like, 0))
         if xp is not None and dtype is not None:
             self._allocate(like)

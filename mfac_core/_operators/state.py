@@ -43,6 +43,9 @@ def numbers(window: SlidingInverseFisher) -> dict[str, Any]:
 
 def load(window: SlidingInverseFisher, state: Mapping[str, Any]) -> SlidingInverseFisher:
     """Return a new window like ``window``, with the state in it."""
+    if not isinstance(state, Mapping):
+        msg = f"state must be a mapping, as state_dict() returns, got {type(state).__name__}"
+        raise TypeError(msg)
     try:
         expected = {"version": VERSION, **window._sizes}
         found = {key: type(value)(state[key]) for key, value in expected.items()}

@@ -163,7 +163,7 @@ class InverseFisher(PrimalOrDual[ArrayT]):
     ) -> Self:
         """Make the operator from a Gram matrix that is already known.
 
-        For gradients that arrived in a stream. For one set of gradients under many dampings see
+        For gradients of which columns came one block after the other. For one set of gradients under many dampings see
         :meth:`with_damping`.
 
         Parameters

@@ -60,6 +60,7 @@ class Rows(ABC):
         self.used, self._d = shape
         self.home: Home = home_of(like)
         self.float64 = False
+        check.reduce_argument(reduce)
         self.reduce = reduce
         self.total_columns = self._d
         if reduce is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mfac_core import _validate as check
 from mfac_core._arrays import is_array_api_obj, is_numpy_array
 from mfac_core._rows.files import opened
 
@@ -64,6 +65,7 @@ class RowShards:
     """
 
     def __init__(self, shards: Sequence[Any]) -> None:
+        check.iterable_argument(shards, "shards", "arrays or files")
         self._shards = [_opened(shard, f"shards[{i}]") for i, shard in enumerate(shards)]
         if not self._shards:
             msg = "shards must hold at least one array or file, got none"
@@ -71,8 +73,9 @@ class RowShards:
         first = self._shards[0]
         for i, shard in enumerate(self._shards):
             if len(shard.shape) != 2 or shard.shape[1] != first.shape[1]:
+                columns = first.shape[1] if len(first.shape) == 2 else "columns"
                 msg = (
-                    f"shards[{i}] must have shape (rows, {first.shape[-1]}), as many columns as "
+                    f"shards[{i}] must have shape (rows, {columns}), as many columns as "
                     f"shards[0], got {tuple(shard.shape)}"
                 )
                 raise ValueError(msg)

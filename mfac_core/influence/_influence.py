@@ -254,6 +254,7 @@ class Influence(Generic[ArrayT]):
         O(s²·m + s³) for a group of s samples, once A⁻¹ is known, O(m³); no pass over the
         gradients but that for the queries.
         """
+        check.iterable_argument(groups, "groups", "indices, groups of them, or masks")
         weights = [self._weights(group, f"groups[{i}]") for i, group in enumerate(groups)]
         if queries is None:
             return self._sent(np.array([increase for _, _, increase in weights]))

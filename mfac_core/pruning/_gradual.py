@@ -151,6 +151,9 @@ def gradual(
     2 0.75
     3 0.75
     """
+    check.function_argument(gradients, "gradients", "the weights and their mask")
+    if finetune is not None:
+        check.function_argument(finetune, "finetune", "the weights and their mask")
     weights = check.array_argument(weights, "weights")
     if weights.ndim != 1:
         msg = f"weights must have shape (d,), got {tuple(weights.shape)}"

@@ -103,6 +103,12 @@ def saliency(
     >>> saliency(np.array([1.0, 1.0]), inverse)
     array([1. , 0.5])
     """
+    if not isinstance(inverse, SymmetricOperator):
+        msg = (
+            "inverse must be an operator, such as InverseFisher(gradients, damping=λ), got "
+            f"{type(inverse).__name__}"
+        )
+        raise TypeError(msg)
     w = check.vector_argument(weights, "weights", inverse.shape[0])
     check.beside(w, "weights", inverse._like())
     scores: GivenT = w * w / (2.0 * inverse.diagonal())
@@ -306,6 +312,8 @@ def prune(
     if update not in ("joint", "independent"):
         msg = f"update must be 'joint' or 'independent', got {update!r}"
         raise ValueError(msg)
+    if loss is not None:
+        check.function_argument(loss, "loss", "the weights")
     if scope not in ("layer", "global"):
         msg = f"scope must be 'layer' or 'global', got {scope!r}"
         raise ValueError(msg)

@@ -29,6 +29,13 @@ def columns_of(model: torch.nn.Module, parameters: Choice | None) -> dict[str, T
     return chosen(model, parameters, "parameters")
 
 
+def dtype_argument(dtype: Any, name: str = "dtype") -> None:
+    """Check a dtype for rows, which may be None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        msg = f"{name} must be a real floating dtype of PyTorch, got {dtype!r}"
+        raise TypeError(msg)
+
+
 def refuse_sharded(columns: Mapping[str, Tensor]) -> None:
     """Refuse parameters of which each rank has a part."""
     name = next((name for name, p in columns.items() if is_dtensor(p)), None)

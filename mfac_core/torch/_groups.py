@@ -24,7 +24,7 @@ def period(pattern: Any) -> int | None:
 
 def check_pattern(pattern: Any) -> None:
     """Refuse a pattern that nobody knows."""
-    if pattern is None or pattern in AXES or pattern == "head":
+    if pattern is None or (isinstance(pattern, str) and pattern in (*AXES, "head")):
         return
     match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if match is None or not 0 < int(match[1]) < int(match[2]):

@@ -133,6 +133,7 @@ class ModelGradients:
         memory: int = MEMORY,
         progress: bool = False,
     ) -> None:
+        check.function_argument(loss_fn, "loss_fn", "(model, batch)")
         rows_argument(None, batches)
         if isinstance(batches, Iterator):
             msg = (

@@ -6,18 +6,21 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from mfac_core import _validate as check
 from mfac_core._operators.sliding import SlidingInverseFisher
 from mfac_core._rows.base import Reduce
 from mfac_core._scale_free import RIDGE
 from mfac_core._validate import NonFiniteError
 from mfac_core._warn import warn
 from mfac_core.torch import _scale_free, _state
+from mfac_core.torch._gradients import dtype_argument
 from mfac_core.torch._loading import Closed, closed
 from mfac_core.torch._memory import Flat, Memory
 from mfac_core.torch._sharding import local, local_gradient
@@ -173,6 +176,15 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     ) -> None:
         if isinstance(lr, torch.Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
+        numbers = {"lr": lr, "window_size": window_size, "momentum": momentum}
+        _check_numbers(numbers | {"weight_decay": weight_decay})
+        _check_numbers({"damping": damping, "density": density}, or_none=True)
+        dtype_argument(window_dtype, "window_dtype")
+        check.reduce_argument(reduce)
+        try:
+            torch.device("cpu" if window_device is None else window_device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"window_device must be a device of PyTorch: {error}") from None
         for name, value, valid in (
             ("learning rate", lr, 0.0 <= lr < math.inf),
             ("window_size value", window_size, window_size >= 1 and window_size % 1 == 0),
@@ -517,6 +529,14 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         if loaded:
             with torch.no_grad():
                 self._arranged()
+
+
+def _check_numbers(arguments: dict[str, Any], *, or_none: bool = False) -> None:
+    """Refuse what is neither a number nor a tensor of one."""
+    for name, value in arguments.items():
+        one = isinstance(value, torch.Tensor) and value.numel() == 1
+        if not (one or isinstance(value, Real) or (or_none and value is None)):
+            raise TypeError(f"{name} must be a number{' or None' * or_none}, got {value!r}")
 
 
 def _without(given: Any, still: list[int]) -> Any:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mfac_core import _validate as check
+
 Choice: TypeAlias = "str | Tensor | Iterable[str | Tensor] | Callable[[str, Tensor], bool]"
 """Names, patterns or parameters, one or many, or a predicate on (name, parameter)."""
 
@@ -19,6 +21,9 @@ COMPILED = "_orig_mod"
 
 def bare(model: torch.nn.Module) -> torch.nn.Module:
     """Return the module inside ``torch.compile`` and ``DistributedDataParallel``."""
+    if not isinstance(model, torch.nn.Module):
+        msg = f"model must be a torch.nn.Module, got {type(model).__name__}"
+        raise TypeError(msg)
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -51,6 +56,8 @@ def chosen(model: torch.nn.Module, parameters: Choice, argument: str) -> dict[st
         wanted = {id(p) for name, p in names.items() if parameters(name, p)}
     else:
         single = isinstance(parameters, (str, torch.Tensor))
+        if not single:
+            check.iterable_argument(parameters, argument, "parameters, names or patterns")
         wanted = set()
         for choice in [parameters] if single else parameters:
             wanted |= _meant(choice, names, argument)

@@ -155,7 +155,13 @@ def per_sample_gradients(
     columns = columns_of(model, parameters)
     refuse_sharded(columns)
     per_row = check.integer(samples_per_row, "samples_per_row", minimum=1)
+    check.function_argument(loss_fn, "loss_fn", "(output, targets)")
     positional, named = _arguments(inputs)
+    for name, x in (("inputs", positional), ("inputs", named.values()), ("targets", [targets])):
+        for one in x:
+            if not isinstance(one, Tensor):
+                msg = f"{name} must be of torch.Tensor, got {type(one).__name__}; convert it first"
+                raise TypeError(msg)
     lengths = [len(x) for x in (*positional, *named.values())]
     if {*lengths, len(targets)} != {len(targets)} or len(targets) % per_row or not len(targets):
         msg = (

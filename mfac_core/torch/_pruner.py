@@ -13,7 +13,7 @@ from mfac_core import _validate as check
 from mfac_core._typing import Update
 from mfac_core.torch import _batches, _groups, _storage
 from mfac_core.torch._calibration import Calibration, evaluating, fetched
-from mfac_core.torch._gradients import Loss, refuse_sharded
+from mfac_core.torch._gradients import Loss, dtype_argument, refuse_sharded
 from mfac_core.torch._masks import Masked, Masks, semi_structured
 from mfac_core.torch._parameters import Choice, bare, chosen, prunable
 from mfac_core.torch._ranks import group_of, same
@@ -140,9 +140,8 @@ class Pruner:
             raise ValueError(msg)
         if block_size not in ("auto", None):
             block_size = check.integer(block_size, "block_size", minimum=1)
-        if not callable(loss_fn):
-            msg = f"loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}"
-            raise TypeError(msg)
+        check.function_argument(loss_fn, "loss_fn", "(model, batch)")
+        dtype_argument(dtype)
         _groups.check_pattern(pattern)
         _storage.check_storage(storage)
         _batches.rows_argument(rows, batches)

@@ -19,6 +19,7 @@ from mfac_core.torch._gradients import (
     bar,
     columns_of,
     common_dtype,
+    dtype_argument,
     refuse_sharded,
     rows_of_batches,
 )
@@ -168,10 +169,9 @@ def gradient_rows(
     """
     wanted = _batches.rows_argument(rows, batches)
     columns = columns_of(model, parameters)
+    check.function_argument(loss_fn, "loss_fn", "(model, batch)")
+    dtype_argument(dtype)
     dtype = common_dtype(columns.values()) if dtype is None else dtype
-    if not dtype.is_floating_point:
-        msg = f"dtype must be a real floating dtype of PyTorch, got {dtype}"
-        raise TypeError(msg)
     if rows is None and hasattr(out, "shape"):
         wanted = _batches.rows_argument(int(out.shape[0]), batches)
     d, ranks = width(columns), 1

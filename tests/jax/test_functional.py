@@ -207,7 +207,7 @@ def test_a_large_system_does_not_hang(rng):
         ({"window_size": 2.5}, TypeError, "window_size must be an integer"),
         ({"damping": 0.0}, ValueError, "damping must be finite and positive"),
         ({"damping": "much"}, TypeError, "damping must be a positive number"),
-        ({"dtype": "int32"}, TypeError, "dtype must be real floating point, got int32"),
+        ({"dtype": "int32"}, TypeError, "dtype must be real floating point, got 'int32'"),
     ],
 )
 def test_init_refuses(arguments, error, message):

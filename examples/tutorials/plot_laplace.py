@@ -126,7 +126,7 @@ left.axvline(dampings[best], linestyle=":")
 left.set(xlabel="λ", ylabel="log evidence")
 reach = 1.645 * deviation  # 90 % of a normal distribution
 right.fill_between(grid[:, 0], mean - reach, mean + reach, alpha=0.3, label="90 %")
-right.plot(grid, draws[:8].T, linewidth=0.6, alpha=0.7, color="C1")
+right.plot(grid, draws[:8].T, linewidth=0.6, alpha=0.7, color="C2")
 right.plot(grid, mean, label="the network")
 right.plot(x, y, ".", label="measurements")
 right.set(xlabel="x", ylim=(-3.5, 3.5))

@@ -58,9 +58,9 @@ def inventories() -> dict[str, tuple[str, str]]:
     return found
 
 
-def reading_order(folder):
-    """Return the key by which the tutorials are sorted."""
-    return lambda name: READING_ORDER.index(Path(name).stem.removeprefix("plot_"))
+def reading_order(script):
+    """Return the place of a tutorial."""
+    return READING_ORDER.index(Path(script).stem.removeprefix("plot_"))
 
 
 def use_style(gallery_conf, script):

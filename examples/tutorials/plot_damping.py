@@ -107,9 +107,14 @@ for axes in (left, right):
     axes.axvline(curve.best, linestyle=":")
 print(f"test accuracy {chosen:.3f} under the chosen λ")
 print(f"best of the grid {max(accuracies):.3f}, worst {min(accuracies):.3f}")
-assert chosen > max(accuracies) - 0.05
+assert chosen > max(accuracies) - 0.03
+assert grid[np.argmin(held_out)] > curve.best
 
 # %%
+# The curve is about rows like those it has: images that the network was trained on. It is less
+# sure of others, whose gradients are longer, so that they would have a larger λ. For pruning
+# either does.
+#
 # Layers
 # ------
 #

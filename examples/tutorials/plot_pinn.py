@@ -100,7 +100,8 @@ def natural_step(model):
 # -----------
 #
 # Both start from the same weights. An iteration of the natural gradient costs more, so the picture
-# has the error over iterations and over processor time.
+# has the error over iterations and over processor time. Adam has the rate 0.01; 0.001, 0.003 and
+# 0.03 ended no better in as many iterations.
 
 grid = torch.linspace(0, 1, 200, dtype=torch.float64)
 

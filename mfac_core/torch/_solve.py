@@ -58,6 +58,11 @@ class Solution:
     damping: float
 
 
+def _wide(weights: Tensor) -> Tensor:
+    """Return weights in float32, or float64 where they are of it."""
+    return weights.to(torch.promote_types(weights.dtype, torch.float32))
+
+
 def solve(
     rows: Any,
     parameters: Sequence[Masked],
@@ -69,7 +74,7 @@ def solve(
     """Prune by rows (m, d) that are means over ``samples`` samples each."""
     pattern = settings.pattern
     lengths = [each.parameter.numel() for each in parameters]
-    weights = torch.cat([_groups.flat(pattern, x.parameter.detach()).float() for x in parameters])
+    weights = torch.cat([_wide(_groups.flat(pattern, x.parameter.detach())) for x in parameters])
     kept = torch.cat([_groups.flat(pattern, x.kept) for x in parameters])
     weights = torch.where(kept, weights, torch.zeros_like(weights))
     on = weights.numpy(force=True) if isinstance(rows, np.ndarray) else weights.to(rows.device)

@@ -24,9 +24,10 @@ def flat(tensors):
     return torch.cat([x.detach().reshape(-1) for x in tensors])
 
 
-def test_a_step_is_prune_on_the_rows_of_the_weights():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_is_prune_on_the_rows_of_the_weights(dtype):
     """The oracle is the flat function, on rows that a loop could have taken."""
-    model, data = network(), batches(12)
+    model, data = network().to(dtype), [(x.to(dtype), y) for x, y in batches(12)]
     weights = [model[0].weight, model[2].weight]
     rows = gradient_rows(model, loss_fn, data, parameters=weights)
     expected = prune(

@@ -163,8 +163,8 @@ class InverseFisher(PrimalOrDual[ArrayT]):
     ) -> Self:
         """Make the operator from a Gram matrix that is already known.
 
-        For gradients of which columns came one block after the other. For one set of gradients under
-        many dampings see :meth:`with_damping`.
+        For gradients of which columns came one block after the other. For one set of gradients
+        under many dampings see :meth:`with_damping`.
 
         Parameters
         ----------

@@ -101,16 +101,16 @@ axes.legend()
 
 with torch.no_grad():
     test_losses = cross_entropy(model(test_x), test_y, reduction="none")
-asked = int(test_losses.argmax())  # the one that the network is most wrong about
+asked = int(test_losses[:300].argmax())  # the one that the network is most wrong about
 query = per_sample_gradients(model, cross_entropy, test_x[[asked]], test_y[[asked]])
 helpful, harmful = influence.most_helpful(query, 5), influence.most_harmful(query, 5)
 
 figure, axes = plt.subplots(2, 6, figsize=(9, 3.6), layout="constrained")
 for row, name, found in zip(axes, ("helps", "harms"), (helpful, harmful), strict=True):
-    row[0].imshow(test_x[asked, 0], cmap="gray")
+    row[0].imshow(test_x[asked, 0].numpy(), cmap="gray")
     row[0].set_title(f"asked: a {test_y[asked]}")
     for place, i, score in zip(row[1:], found.indices[0], found.scores[0], strict=True):
-        place.imshow(x[i, 0], cmap="gray")
+        place.imshow(x[i, 0].numpy(), cmap="gray")
         place.set_title(f"{name}: “{labels[i]}”\n{score:+.3f}", fontsize="small")
 for place in axes.flat:
     place.set_axis_off()

@@ -127,10 +127,10 @@ print(f"test accuracy {accuracy(model):.3f} after another epoch")
 # To go on after a restart, save both states. The masks come first, since they give the model the
 # names that its own state has.
 
-path = Path(tempfile.mkdtemp()) / "pruned.pt"
-torch.save({"pruner": pruner.state_dict(), "model": model.state_dict()}, path)
-
-state = torch.load(path)
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "pruned.pt"
+    torch.save({"pruner": pruner.state_dict(), "model": model.state_dict()}, path)
+    state = torch.load(path)
 resumed = network()
 resumed_pruner = Pruner(resumed, loss_fn, batches, rows=64)
 resumed_pruner.load_state_dict(state["pruner"])

@@ -101,7 +101,8 @@ def mfac(parameters):
 run, samples = start(mfac), torch.Generator().manual_seed(1)
 losses = {"MFAC": train(*run, samples, STEPS // 2)}
 
-path = Path(tempfile.mkdtemp()) / "checkpoint.pt"
+folder = tempfile.TemporaryDirectory()
+path = Path(folder.name) / "checkpoint.pt"
 torch.save([*(part.state_dict() for part in run), samples.get_state()], path)
 weights = sum(p.numel() for p in run[0].parameters())
 print(f"{weights:,} weights, a file of {path.stat().st_size / 1e6:.1f} MB")
@@ -117,6 +118,7 @@ losses["MFAC"] += train(*run, samples, STEPS - STEPS // 2)
 
 resumed, fresh = start(mfac), torch.Generator()
 *states, position = torch.load(path)
+folder.cleanup()
 for part, state in zip(resumed, states, strict=True):
     part.load_state_dict(state)
 fresh.set_state(position)

@@ -96,8 +96,10 @@ axes.legend()
 # On which samples does a prediction rest?
 # ----------------------------------------
 #
-# For one test image, the training images without which its loss would rise most, and those without
-# which it would fall most, each with the label that the training has seen.
+# All three find most of the wrong labels, and a sample's own loss is as good as any. What it does
+# not say is which others a sample helps or harms. For one test image, here are the training images
+# without which its loss would rise most, and those without which it would fall most, each with the
+# label that the training has seen.
 
 with torch.no_grad():
     test_losses = cross_entropy(model(test_x), test_y, reduction="none")

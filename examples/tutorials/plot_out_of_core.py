@@ -46,10 +46,11 @@ for inputs, labels in DataLoader(data, batch_size=32, shuffle=True):
 #
 # With a path for ``out``, :func:`~mfac_core.torch.gradient_rows` writes each row when it has it.
 # No two rows are in memory at a time. A run that was interrupted, here by a loader that gives out
-# after 60 batches, is gone on with by the same call: the batches must come in the same order, and
-# the weights be the same, which is checked.
+# after 60 batches, is gone on with by the same call. The batches must come in the same order; with
+# other weights it begins anew.
 
-path, rows, DAMPING = Path(tempfile.mkdtemp()) / "gradients.npy", 224, 1e-6
+folder = tempfile.TemporaryDirectory()
+path, rows, DAMPING = Path(folder.name) / "gradients.npy", 224, 1e-6
 loader = DataLoader(data, batch_size=8)
 
 
@@ -106,30 +107,34 @@ for share in (0.25, 0.5, 1.0):
     peaks["a product"].append(peak_of(inverse.matvec, direction[: part.shape[1]]))
     peaks["the diagonal"].append(peak_of(inverse.diagonal))
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
-left.plot(sizes, sizes, ":", label="the file itself")
+figure, axes = plt.subplots(layout="constrained")
+axes.plot(sizes, sizes, ":", label="the gradients themselves")
 for name, peak in peaks.items():
-    left.plot(sizes, peak, "o-", label=name)
+    axes.plot(sizes, peak, "o-", label=name)
     print(f"{name:13} {peak[-1]:5.1f} MB at most, beside {sizes[-1]:.0f} MB of gradients")
     assert peak[-1] < peak[0] + 0.1 * sizes[-1]
-left.set(xlabel="gradients, MB", ylabel="most that was allocated, MB", xlim=0, ylim=0)
-left.legend()
+axes.set(xlabel="gradients, MB", ylabel="most that was allocated, MB", xlim=0, ylim=0)
+axes.legend()
 
 # %%
-# The other picture is the diagonal, layer by layer; columns are in the order of
-# ``model.parameters()``. An element is 1/λ for a weight of which the gradients say nothing, and
-# smaller the more they say.
+# The diagonal, layer by layer
+# ----------------------------
+#
+# Columns are in the order of ``model.parameters()``. An element is 1/λ for a weight of which the
+# gradients say nothing, and smaller the more they say.
 
+figure, axes = plt.subplots(layout="constrained")
 start = 0
 for name, p in model.named_parameters():
     values = variances[start : start + p.numel()]
     start += p.numel()
     if p.ndim == 2:
-        right.hist(values * DAMPING, bins=60, histtype="step", density=True, label=name)
-right.set(xlabel="λ · element of the diagonal", yscale="log", ylabel="density")
-right.legend(loc="upper left")
+        axes.hist(values * DAMPING, bins=60, histtype="step", density=True, label=name)
+axes.set(xlabel="λ · element of the diagonal", yscale="log", ylabel="density")
+axes.legend(loc="upper left")
 assert variances.min() > 0
 assert variances.max() <= (1 + 1e-6) / DAMPING
+folder.cleanup()
 
 # %%
 # At 100 GB
@@ -145,7 +150,7 @@ assert variances.max() <= (1 + 1e-6) / DAMPING
 #   those of several machines; a list of paths stands for columns side by side, such as layers that
 #   were written by ``gradient_rows(..., parameters="layer1.*")``.
 # - **Datasets** of h5py and zarr are read in the same way. Chunks of columns are the better ones.
-# - **Only the diagonal, or blocks of F?** :class:`~mfac_core.BlockInverseFisher` reads each byte
-#   twice, or once where its blocks are shorter than the rows are many, and needs fewer rows.
+# - **Blocks of F** are often enough, with fewer rows: :class:`~mfac_core.BlockInverseFisher` takes
+#   the path as well, and lets go of the file where its blocks are shorter than the rows are many.
 #
 # :doc:`../storage` has the sizes for real models, and gradients spread over machines.

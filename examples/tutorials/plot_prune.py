@@ -93,7 +93,7 @@ def finetune(model):
 
 
 batches = DataLoader(train, batch_size=16, shuffle=True, drop_last=True)
-pruner = prune_model(model, loss_fn, batches, 0.9, steps=4, rows=64, finetune=finetune)
+pruner = prune_model(model, loss_fn, batches, 0.9, steps=4, rows=48, finetune=finetune)
 print(f"test accuracy {accuracy(model):.3f} with a tenth of the weights, {dense:.3f} with all")
 assert accuracy(model) > dense - 0.1
 
@@ -127,12 +127,13 @@ print(f"test accuracy {accuracy(model):.3f} after another epoch")
 # To go on after a restart, save both states. The masks come first, since they give the model the
 # names that its own state has.
 
-path = Path(tempfile.mkdtemp()) / "pruned.pt"
-torch.save({"pruner": pruner.state_dict(), "model": model.state_dict()}, path)
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "pruned.pt"
+    torch.save({"pruner": pruner.state_dict(), "model": model.state_dict()}, path)
+    state = torch.load(path)
 
-state = torch.load(path)
 resumed = network()
-resumed_pruner = Pruner(resumed, loss_fn, batches, rows=64)
+resumed_pruner = Pruner(resumed, loss_fn, batches, rows=48)
 resumed_pruner.load_state_dict(state["pruner"])
 resumed.load_state_dict(state["model"])
 assert accuracy(resumed) == accuracy(model)
@@ -185,7 +186,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed, self.place = nn.Linear(8, 32), nn.Parameter(torch.zeros(8, 32))
         layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.classify = nn.Linear(32, 10)
 
     def forward(self, x):  # a row of pixels is a token
@@ -193,7 +194,7 @@ class Encoder(nn.Module):
 
 
 model = Encoder()
-train_for(model, epochs=4, rate=5e-3)
+train_for(model, epochs=5, rate=5e-3)
 dense, chosen = accuracy(model), {"parameters": "encoder.*weight", "exclude": "*norm*"}
 pruner = prune_model(model, loss_fn, batches, 0.5, steps=2, rows=64, **chosen)
 print(f"{len(pruner.masks)} layers, test accuracy {dense:.3f}, then {accuracy(model):.3f}")

@@ -45,7 +45,8 @@ class _Guard:
 
 def _torch_off() -> Undo:
     torch = sys.modules["torch"]
-    switches = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    switches: list[Any] = [getattr(backend, "matmul", None) for backend in backends]
     if not all(hasattr(switch, "fp32_precision") for switch in switches):  # before PyTorch 2.9
         allowed = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

@@ -488,6 +488,22 @@ def test_pytorchs_grams_keep_the_bits_of_float32(switch):
         torch.set_float32_matmul_precision(before[2])
 
 
+def test_a_pytorch_before_switches_of_their_own(monkeypatch):
+    """As of 2.6, where ``torch.backends.mkldnn`` knows no products."""
+    cuda = types.SimpleNamespace(matmul=types.SimpleNamespace())
+    backends = types.SimpleNamespace(cuda=cuda, mkldnn=types.SimpleNamespace())
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "backends", backends)
+            with _precision.full_float32(torch.ones(1)):
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_switches_are_turned_back_when_the_last_thread_has_left():
     events = []
     guard = _precision._Guard(lambda: events.append("off") or (lambda: events.append("on")))

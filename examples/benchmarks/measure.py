@@ -19,13 +19,16 @@ SETTLING = 0.03
 """Seconds for which one library's threads may go on spinning and keep the cores from another's."""
 
 
-def medians(*acts: Act, repeats: int) -> list[float]:
-    """Return the median seconds of each act, all of them taken in turn and each when warm."""
+def medians(*acts: Act, repeats: int, warm: bool = True) -> list[float]:
+    """Return the median seconds of each act, all of them taken in turn and each when warm.
+
+    Acts of minutes need no warming: without it, each is done ``repeats`` times and no more.
+    """
     times: list[list[float]] = [[] for _ in acts]
     for _ in range(repeats):
         for act, seconds in zip(acts, times, strict=True):
             settled = time.perf_counter() + SETTLING
-            while time.perf_counter() < settled:
+            while warm and time.perf_counter() < settled:
                 act()
             start = time.perf_counter()
             act()

@@ -42,7 +42,9 @@ def gram(g: NDArray, *, float64: bool, width: int) -> NDArray:
     work = _work(g, float64)
     total = np.zeros((g.shape[0], g.shape[0]))
     part = np.empty(total.shape, work)
-    for _, block in _blocks(g, work, gram_columns(g.shape[1], width)):
+    # Views need no buffer, and the sums of m² are not to be written more often than they must.
+    most = GRAM_COLUMNS if g.dtype == work else width
+    for _, block in _blocks(g, work, gram_columns(g.shape[1], most)):
         # NumPy recognises a product with its own transpose: half the work of a general one.
         total += np.matmul(block, block.T, out=part)
     return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, overload
 
 import numpy as np
@@ -230,8 +230,9 @@ class Influence(Generic[ArrayT]):
         Parameters
         ----------
         groups : iterable
-            Of groups, each the indices of its samples, one index, or a mask of length m.
-            ``range(m)`` leaves out one after the other. A sample counts once in a group.
+            Of groups, each the indices of its samples, such as a list, a set or an integer array of
+            any library; one index; or a mask of length m. ``range(m)`` leaves out one after the
+            other. A sample counts once in a group.
         queries : optional
             See :meth:`scores`.
 
@@ -319,10 +320,15 @@ class Influence(Generic[ArrayT]):
         return some, v, max(0.5 * float(v @ products) / self._m, 0.0)
 
     def _members(self, group: Any, name: str) -> NDArray:
-        values = to_numpy(group) if is_array_api_obj(group) else np.asarray(group)
+        if is_array_api_obj(group):
+            values = to_numpy(group)
+        else:
+            is_some = isinstance(group, Iterable) and not isinstance(group, (Sequence, np.ndarray))
+            values = np.asarray([*group] if is_some else group)
         if values.dtype == np.bool_:
             if values.shape != (self._m,):
-                msg = f"{name} must be a mask of shape {(self._m,)}, got shape {values.shape}"
+                hint = "" if values.ndim else "; one mask m is one group, [m]"
+                msg = f"{name} must be a mask of shape {(self._m,)}, got shape {values.shape}{hint}"
                 raise ValueError(msg)
             return np.flatnonzero(values)
         if values.size == 0:

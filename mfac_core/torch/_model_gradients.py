@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any
@@ -13,9 +12,10 @@ from torch import Tensor
 from mfac_core import _validate as check
 from mfac_core._warn import warn
 from mfac_core.torch._batches import rows_argument
+from mfac_core.torch._directions import Directions
 from mfac_core.torch._gradients import Loss, columns_of, common_dtype
 from mfac_core.torch._layer_grams import LayerGrams
-from mfac_core.torch._losses import Losses, Values, backward
+from mfac_core.torch._losses import Losses, backward
 from mfac_core.torch._parameters import Choice, bare
 from mfac_core.torch._store import width
 
@@ -92,7 +92,8 @@ class ModelGradients:
     -----
     ``project`` goes by ``torch.func.jvp``; where an operation has no derivative in that mode, or
     another one than backward, as an embedding with ``padding_idx``, by the derivative of Gᵀc with
-    respect to c: twice backward.
+    respect to c, twice backward; and where it cannot be differentiated twice, by a backward pass
+    for each row.
 
     ``gram`` records what goes into each layer (a) and what comes back to it (b). For linear
     layers, 2-d convolutions and embeddings ⟨gᵢ, gⱼ⟩ = Σₜₜ' ⟨aᵢₜ, aⱼₜ'⟩⟨bᵢₜ, bⱼₜ'⟩ over the places t
@@ -151,7 +152,9 @@ class ModelGradients:
         self._losses = Losses(*self._arguments, self._columns, wide=wide, progress=self._progress)
         self.dtype = torch.float64 if wide else common_dtype(self._columns.values())
         self._grams = LayerGrams(self._losses, self._columns, self._memory, self.dtype)
-        self._has_forward_mode = not self._grams.stops_gradients
+        self._directions = Directions(
+            self._losses, has_forward_mode=not self._grams.stops_gradients
+        )
         self.device = next(iter(self._columns.values())).device
         self.losses = self._losses.recorded
         self.shape = len(self.losses), width(self._columns)
@@ -199,7 +202,7 @@ class ModelGradients:
         with closing(self._losses.each()) as batches:
             for _, at, batch in batches:
                 for j, direction in enumerate(directions):
-                    losses, along = self._along(values, direction, batch)
+                    losses, along = self._directions.along(values, direction, batch)
                     self._losses.check(at, losses, batch)
                     out[at, j] = along.double()
         return out.reshape(self.shape[0], *x.shape[1:])
@@ -235,44 +238,6 @@ class ModelGradients:
                         if part is not None:
                             some += part.reshape(-1).to(self.device)
         return out.reshape(self.shape[1], *c.shape[1:])
-
-    def _along(self, values: Values, direction: Values, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the losses of a batch, and their derivative in a direction."""
-        if self._has_forward_mode:
-            try:
-                return self._forward(values, direction, batch)
-            except torch.OutOfMemoryError:
-                raise
-            except (NotImplementedError, RuntimeError) as error:
-                found = self._twice_backward(direction, batch, error)
-                self._has_forward_mode = False
-                return found
-        return self._twice_backward(direction, batch, None)
-
-    def _forward(self, values: Values, direction: Values, batch: Any) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), warnings.catch_warnings():
-            # What PyTorch compiles when forward mode is first used it deprecates itself.
-            warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-            return torch.func.jvp(  # type: ignore[no-any-return]
-                lambda values: self._losses.rows(values, batch), (values,), (direction,)
-            )
-
-    def _twice_backward(
-        self, direction: Values, batch: Any, error: Exception | None
-    ) -> tuple[Tensor, Tensor]:
-        """Differentiate ⟨Gᵀc, x⟩ by c; raise what came before if that cannot be done either."""
-        leaves = self._losses.leaves()
-        try:
-            with torch.enable_grad():
-                losses = self._losses.rows(leaves, batch)
-                c = torch.zeros_like(losses, requires_grad=True)
-                parts = backward(losses, leaves, c, create_graph=True)
-                pairs = zip(parts, direction.values(), strict=True)
-                total = sum((p * x).sum() for p, x in pairs if p is not None)
-                (along,) = torch.autograd.grad(total, c)
-        except (NotImplementedError, RuntimeError) as second:
-            raise (error or second) from second
-        return losses, along
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
         return list(flat.split([p.numel() for p in self._columns.values()]))
@@ -374,7 +339,9 @@ class ModelGradients:
 
     def _agrees_backward(self, gram: Tensor) -> bool:
         """Whether it is forward mode that differs: the rows are what goes backward."""
-        before, self._has_forward_mode = self._has_forward_mode, False
-        agrees = before and self._agrees(gram)
-        self._has_forward_mode = before and not agrees
+        if not self._directions.has_forward_mode:
+            return False
+        self._directions.has_forward_mode = False
+        agrees = self._agrees(gram)
+        self._directions.has_forward_mode = not agrees
         return agrees

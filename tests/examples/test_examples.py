@@ -43,6 +43,13 @@ def test_benchmarks_that_print_a_table(name, header, capsys):
     assert len(lines) > 5
 
 
+def test_benchmark_of_gradients_that_are_never_stored(capsys):
+    load("benchmarks/model_gradients.py").main(["--quick"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| budget | set-up and a product take |")
+    assert lines[2].startswith("| 64 | 11,110 | 0.00 GB | 0.07 GB |")
+
+
 @pytest.mark.parametrize("name", ["train_digits", "train_fashion", "train_text"])
 def test_training(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -263,3 +270,31 @@ def test_influence_of_groups_of_digits(tmp_path):
     assert scores["`leave_out`, groups exactly"] >= 0.7
     assert scores["Hessian, dense, groups exactly"] >= 0.9
     assert len(tables(tmp_path)["influence-digits-lds"]) == 2 + len(scores)
+
+
+@pytest.mark.usefixtures("siblings")
+@pytest.mark.parametrize("task", ["digits", "fashion"])
+def test_influence_on_networks(task, tmp_path, capsys):
+    write_images(tmp_path, np.random.default_rng(0))
+    name, folder = f"influence-networks-{task}", tmp_path / "results"
+    arguments = ["--quick", "--task", task, "--data", str(tmp_path), "--output", str(folder)]
+    load("experiments/influence_networks.py").main(arguments)
+    assert "other packages: left out of a quick run" in capsys.readouterr().out
+    records = json.loads((folder / f"{name}.json").read_text())["records"]
+    scores = {r["method"]: r["half"] for r in records if "method" in r}
+    # Hardly trained, a network goes down the sum of the gradients of what it is trained on.
+    assert scores["products of gradients"] >= 0.9
+    assert scores["the same, gradients never stored"] == pytest.approx(scores["`scores`"], abs=0.05)
+    written = tables(folder)
+    assert len(written[f"{name}-lds"]) == 2 + len(scores)
+    assert len(written[f"{name}-damping"]) == 2 + 3
+    assert len(written[f"{name}-choices"]) == 2 + 2
+
+
+@pytest.mark.usefixtures("siblings")
+def test_a_package_of_influence_that_is_missing_is_named(capsys):
+    peers = load("experiments/influence_peers.py")
+    peers.PEERS.clear()
+    peers.PEERS["other"] = ("no_such_package.of", peers.trak)
+    assert peers.installed() == {}
+    assert "other: left out, no_such_package is not installed" in capsys.readouterr().out

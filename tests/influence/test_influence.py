@@ -108,6 +108,25 @@ def test_one_sample_and_its_leverage(g, queries):
     assert influence.leave_out([], queries).shape == (0, 5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_groups_in_every_form(g, queries, backend):
+    """The same samples, as whatever says which they are; all but one; twice over; none."""
+    influence = Influence(g, damping=0.1)
+    expected = queries @ solution_without(g, [1, 3], 0.1)
+    mask = np.isin(np.arange(12), [1, 3])
+    arrays = [backend.asarray(x, x.dtype.name) for x in (np.array([1, 3], np.int32), mask)]
+    forms = [[1, 3], (3, 1), {1, 3}, range(1, 5, 2), (i for i in (1, 3)), {1: "a", 3: "b"}.keys()]
+    forms += [[3, 1, 3, -9, 1], [np.int64(1), 3], mask.tolist(), mask, *arrays]
+    for change in influence.leave_out(forms, queries):
+        assert relative_error(change, expected) <= 1e-12
+    rest = influence.leave_out([range(1, 12), range(12)], queries)
+    for change, group in zip(rest, (range(1, 12), range(12)), strict=True):
+        assert relative_error(change, queries @ solution_without(g, group, 0.1)) <= 1e-12
+    nothing = [[], set(), range(0), np.zeros(0), np.zeros(12, bool), arrays[0][:0]]
+    assert not influence.leave_out(nothing, queries).any()
+    assert not influence.leave_out(nothing).any()
+
+
 def test_selections(g, queries):
     influence = Influence(g, damping=0.1)
     scores = influence.scores(queries)
@@ -230,6 +249,12 @@ def test_refusals_by_name(g, queries):
         influence.leave_out([[0.5]])
     with pytest.raises(ValueError, match=r"groups\[0\] must be a mask of shape \(12,\)"):
         influence.leave_out([[True, False]])
+    with pytest.raises(TypeError, match=r"groups must be an iterable.*got 3"):
+        influence.leave_out(3)
+    with pytest.raises(ValueError, match=r"groups\[0\] must be a mask .*one mask m is one group"):
+        influence.leave_out(np.ones(12, bool))
+    with pytest.raises(TypeError, match=r"groups\[0\].*indices"):
+        influence.leave_out("all")
     with pytest.raises(ValueError, match="k must be at most"):
         influence.most_helpful(queries, 13)
     with pytest.raises(ValueError, match="gradients must be finite"):

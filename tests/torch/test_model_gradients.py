@@ -358,7 +358,32 @@ def test_models_without_a_forward_mode():
     model, batches = Model(CLASSES, CLASSES).double(), data((CLASSES,), dtype=torch.float64)
     rows = ModelGradients(model, each, batches)
     assert_same(rows, stored(model, each, batches), 1e-10)
-    assert not rows._has_forward_mode
+    assert not rows._directions.has_forward_mode
+
+
+def test_models_that_cannot_be_differentiated_twice():
+    """Nor in forward mode: as the sums of embeddings that PyTorch has a layer for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, CLASSES)).double()
+    for loss_fn in (each, mean):
+        rows = ModelGradients(model, loss_fn, data("tokens"))
+        assert_same(rows, stored(model, loss_fn, data("tokens")), 1e-10)
+        assert rows._directions._first == 2
+
+
+def test_what_fails_in_the_model_is_said_as_it_is():
+    broken = itertools.count()
+
+    def loss_fn(model, batch):
+        if next(broken):
+            msg = "a loss of their own"
+            raise RuntimeError(msg)
+        return each(model, batch)
+
+    model, _ = model_of("mlp", torch.float32)
+    rows = ModelGradients(model, loss_fn, data((5,), (4,)))
+    with pytest.raises(RuntimeError, match="a loss of their own"):
+        rows.project(torch.ones(rows.shape[1]))
 
 
 def test_a_wrong_derivative_in_forward_mode_is_noticed():
@@ -384,9 +409,9 @@ def test_a_wrong_derivative_in_forward_mode_is_noticed():
 
     model, batches = model_of("linear", torch.float64)
     rows = ModelGradients(model, loss_fn, batches)
-    assert rows._has_forward_mode
+    assert rows._directions.has_forward_mode
     rows.gram()
-    assert not rows._has_forward_mode
+    assert not rows._directions.has_forward_mode
     assert_same(rows, stored(model, loss_fn, batches), 1e-10)
 
 

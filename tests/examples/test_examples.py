@@ -1,5 +1,6 @@
 """The examples run, in a short form, and print what they promise."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -43,18 +44,24 @@ def test_benchmarks_that_print_a_table(name, header, capsys):
     assert len(lines) > 5
 
 
-@pytest.mark.parametrize("name", ["train_digits", "train_fashion", "train_text"])
+@pytest.mark.parametrize("name", ["train_digits", "train_fashion", "train_text", "train_resnet"])
 def test_training(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     arguments = ["--quick", "--output", str(tmp_path)]
-    if name == "train_fashion":
+    if name in ("train_fashion", "train_resnet"):
         write_images(tmp_path, np.random.default_rng(0))
         arguments += ["--data", str(tmp_path)]
     load(f"experiments/{name}.py").main(arguments)
     table = name.replace("_", "-")
     header, _, *rows = (tmp_path / f"{table}-table.md").read_text().splitlines()
     assert header.startswith("| optimiser | rate | training loss | test ")
-    assert len(rows) == 7
+    peers = 3 if importlib.util.find_spec("pytorch_optimizer") else 1
+    assert len(rows) == 6 + peers + (name != "train_resnet")  # where Adam is AdamW
+    if name == "train_resnet":
+        before = json.loads((tmp_path / "train-resnet.json").read_text())["records"]
+        load(f"experiments/{name}.py").main([*arguments, "--only", "M-FAC"])
+        after = json.loads((tmp_path / "train-resnet.json").read_text())["records"]
+        assert [r["method"] for r in after] == [r["method"] for r in before]
     assert "<svg" in (tmp_path / f"{table}.svg").read_text()
 
 

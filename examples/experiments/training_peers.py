@@ -24,18 +24,18 @@ class Muon(Optimizer):
 
     Embeddings, biases and scales are AdamW's, as the documentation of ``torch.optim.Muon`` has it;
     its update is brought to the size of AdamW's. Convolutions count as matrices with a row a
-    filter, as its authors have them: here these are views, since torch's takes only matrices.
+    filter, as its authors have them: torch's takes only matrices, so these are copies.
     """
 
     def __init__(self, named: Named, lr: float, weight_decay: float = 0.01) -> None:
         named = list(named)
         super().__init__([p for _, p in named], {})
-        self.matrices = [p for name, p in named if p.ndim > 1 and not is_embedding(name)]
-        self.views = [nn.Parameter(p.detach().view(len(p), -1)) for p in self.matrices]
+        self.weights = [p for name, p in named if p.ndim > 1 and not is_embedding(name)]
+        self.matrices = [nn.Parameter(p.detach().flatten(1).clone()) for p in self.weights]
         others = [p for name, p in named if p.ndim < 2 or is_embedding(name)]
         options = {"weight_decay": weight_decay}
         self.parts = [
-            torch.optim.Muon(self.views, lr, adjust_lr_fn="match_rms_adamw", **options),
+            torch.optim.Muon(self.matrices, lr, adjust_lr_fn="match_rms_adamw", **options),
             AdamW(others, lr, **options),
         ]
         self.all = [p for _, p in named]
@@ -46,12 +46,15 @@ class Muon(Optimizer):
         for p in self.all:
             p.grad = None
 
+    @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Take a step of both."""
-        for view, p in zip(self.views, self.matrices, strict=True):
-            view.grad = p.grad.reshape(view.shape)
+        for matrix, p in zip(self.matrices, self.weights, strict=True):
+            matrix.grad = p.grad.flatten(1)
         for part in self.parts:
             part.step()
+        for matrix, p in zip(self.matrices, self.weights, strict=True):
+            p.copy_(matrix.view(p.shape))
 
 
 def is_embedding(name: str) -> bool:

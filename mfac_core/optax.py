@@ -66,7 +66,7 @@ def scale_by_mfac(
 
     Notes
     -----
-    Each update reads the window twice, takes O(dm + m³) and is
+    Each update reads the window twice, takes O(dm + m²) and is
     :func:`mfac_core.functional.append_matvec`: from a gradient that is not finite it makes NaN,
     and the window stays as it was. Donate the state to have the window written in place.
 

@@ -1,4 +1,4 @@
-"""The window under jax.jit: how its passes compare with bare ones, and its error, as two tables.
+"""The window under jax.jit: its passes beside bare ones, its dual beside Cholesky, and its error.
 
 Times are ratios of medians measured alternately in this one process. Errors are of F⁻¹g for the
 newest gradient, relative, against a dense float64 inverse. On a CPU with few cores the host's
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfac_core import functional
+from mfac_core._jax import inverse, pairs
 from mfac_core.testing import dense_inverse
 
 MODES = {"off": False, "on": True}
@@ -63,6 +64,31 @@ def step_row(
     return [what, x64, f"{ours_s / bare_s:.2f} × the time", f"{memory:.1%}"]
 
 
+def dual_row(rng: np.random.Generator, m: int, x64: str, repeats: int) -> list[str]:
+    """Time the m-sized part of a step: a new row in the inverse, and a fresh factorisation."""
+    g = rng.standard_normal((m, 2 * m))
+    gram = g @ g.T
+    kept = [
+        np.stack([x, x * 0.0]).astype(np.float32) for x in (gram, np.linalg.inv(gram + np.eye(m)))
+    ]
+    unit = np.zeros((2, m), np.float32)
+    unit[0, 3] = 1.0
+
+    def slide(k: jax.Array, gram: jax.Array, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shift = jnp.array([1.0, 0.0], jnp.float32)
+        k, column = inverse.replaced(k, gram[:, :, 3], 3, shift)
+        return k, inverse.refined(k, gram, shift, unit, column)[0]
+
+    one = jnp.asarray(1.0)
+    gram, k, unit = (jnp.asarray(x) for x in (*kept, unit))
+    sliding = jax.jit(slide)
+    solving = jax.jit(lambda gram, unit: pairs.solve(gram, one, unit))
+    ours_s, fresh_s = medians(
+        lambda: sliding(k, gram, unit), lambda: solving(gram, unit), repeats=repeats
+    )
+    return [f"{m}", x64, f"{1000 * fresh_s:.2f}", f"{1000 * ours_s:.2f}"]
+
+
 def errors(rng: np.random.Generator, m: int, d: int, noise: float | None) -> list[str]:
     """Measure the error of a full window for each damping, relative to the mean ‖g‖²."""
     gradients = rng.standard_normal((m + 5, d))
@@ -97,15 +123,19 @@ def main(argv: list[str] | None = None) -> None:
     rng = np.random.default_rng(options.seed)
     scale, repeats = (20, 3) if options.quick else (1, 21)
 
-    steps, accuracies = [], []
+    steps, duals, accuracies = [], [], []
     for name, x64 in MODES.items():
         with jax.enable_x64(x64):
             m, d = 256 // scale, 200_000 // scale
             steps += [step_row(rng, m, d, name, equal, repeats) for equal in (False, True)]
+            steps.append(step_row(rng, 1024 // scale, 20_000 // scale, name, False, repeats))
+            duals += [dual_row(rng, m // scale, name, repeats) for m in (64, 256, 1024)]
             for kind, noise in NOISES.items():
                 found = errors(rng, 128 // scale, 2000 // scale, noise)
                 accuracies.append([kind, name, *found])
     print_table(["append_matvec", "x64", "against two bare passes", "memory / window"], *steps)
+    print()
+    print_table(["m", "x64", "Cholesky, ms", "the inverse, a row replaced, ms"], *duals)
     print()
     print_table(["gradients", "x64", *(f"λ = {x:.0e} · mean ‖g‖²" for x in DAMPINGS)], *accuracies)
 

@@ -64,19 +64,20 @@ class Residual(nn.Module):
         return torch.relu(self.body(x) + self.past(x))
 
 
-def resnet() -> nn.Module:
-    """Return a residual network with batch normalisation for 28 × 28, with 214,296 weights."""
+def resnet(width: int = 24) -> nn.Module:
+    """Return a residual network with batch normalisation for 28 × 28; 214,296 weights at 24."""
+    a, b, c = width, 2 * width, 4 * width
     return nn.Sequential(
-        nn.Conv2d(1, 24, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(24),
+        nn.Conv2d(1, a, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(a),
         nn.ReLU(),
-        Residual(24, 24, 1),
-        Residual(24, 48, 2),
-        Residual(48, 48, 1),
-        Residual(48, 96, 2),
+        Residual(a, a, 1),
+        Residual(a, b, 2),
+        Residual(b, b, 1),
+        Residual(b, c, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(96, 10),
+        nn.Linear(c, 10),
     )
 
 

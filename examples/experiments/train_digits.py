@@ -1,7 +1,7 @@
-"""Train an MLP on scikit-learn's digits with SGD, Adam, AdamW and M-FAC.
+"""Train an MLP on scikit-learn's digits with M-FAC and its peers.
 
-Run ``python examples/train_digits.py``: it tunes, compares, and then varies the size of M-FAC's
-window. Writes tables, pictures and all numbers to ``docs/results``.
+Run ``python examples/experiments/train_digits.py``: it tunes, compares, and then varies the size of
+M-FAC's window. Writes tables, pictures and all numbers to ``docs/results``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from data import digits
 from networks import digits_mlp, evaluate
-from seeds import options
 from torch import Tensor
-from training import Task, report
+from training import Task, report, training_options
 from training_windows import report_windows
 
 STEPS, BATCH = 300, 64
@@ -37,7 +36,7 @@ def digits_task() -> Task:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, compare, write."""
-    args = options("training an MLP on the digits").parse_args(argv)
+    args = training_options("training an MLP on the digits").parse_args(argv)
     report("train-digits", digits_task(), args)
     report_windows("train-digits-windows", digits_task(), args)
 

@@ -1,9 +1,9 @@
-"""Train a convolutional network on Fashion-MNIST with SGD, Adam, AdamW and M-FAC.
+"""Train a convolutional network on Fashion-MNIST with M-FAC and its peers.
 
-Run ``python examples/train_fashion.py``: it tunes, compares, and then varies the size of M-FAC's
-window. The steps are those of one epoch. It needs the four IDX files of the data set as Debian's
-package dataset-fashion-mnist installs them, or in the folder ``--data``. Writes a table, a picture
-and all numbers to ``docs/results``.
+Run ``python examples/experiments/train_fashion.py``: it tunes, compares, and then varies the size
+of M-FAC's window. The steps are those of one epoch. It needs the four IDX files of the data set as
+Debian's package dataset-fashion-mnist installs them, or in the folder ``--data``. Writes a table, a
+picture and all numbers to ``docs/results``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from data import fashion_mnist
 from networks import cnn, evaluate
-from seeds import options
 from torch import Tensor
-from training import Task, report
+from training import Task, report, training_options
 from training_windows import report_windows
 
 STEPS, BATCH = 938, 64
@@ -21,7 +20,7 @@ STEPS, BATCH = 938, 64
 
 def main(argv: list[str] | None = None) -> None:
     """Train, compare, write."""
-    parser = options("training a convolutional network on Fashion-MNIST")
+    parser = training_options("training a convolutional network on Fashion-MNIST")
     parser.add_argument("--data", help="folder of the data set")
     args = parser.parse_args(argv)
     x, y, x_test, y_test = fashion_mnist(args.data)

@@ -1,4 +1,4 @@
-"""Train a network with SGD, Adam, AdamW and M-FAC, each tuned with the same effort, and compare.
+"""Train a network with M-FAC and other optimisers, each tuned with the same effort, and compare.
 
 Every optimiser has four learning rates to choose from. One run with each, from a seed of its own,
 decides by the training loss over the last tenth of the steps; the seeds that are reported come
@@ -8,8 +8,9 @@ after. The rate falls to zero linearly in all runs.
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 from figures import drawing
 from networks import track
-from seeds import save, seeds_of, select, spread, table, unique
+from seeds import options, save, seeds_of, select, spread, table, unique
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from training_peers import Named, peers
 
 from mfac_core.torch import MFAC
 
@@ -41,36 +43,66 @@ class Task:
     test: Callable[[nn.Module], float]
     measure: str
     steps: int
+    weight_decay: float | None = None
+    """Of all optimisers, decoupled; each has its own by default, which is 0 or 0.01."""
+    tuning_steps: int | None = None
+    """Of the runs that choose a rate; as many as those that are reported by default."""
 
 
-def sgd(parameters: Iterable[Tensor], lr: float) -> Optimizer:
-    """Return SGD with momentum."""
-    return SGD(parameters, lr, momentum=0.9)
+def sgd(parameters: Named, lr: float, weight_decay: float = 0.0) -> Optimizer:
+    """Return SGD with momentum.
+
+    Its decay is part of the gradient: a hundredth does as much, at a rate that is ten times larger,
+    under a momentum that sums ten steps.
+    """
+    return SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay / 100)
 
 
 def mfac(
-    parameters: Iterable[Tensor], lr: float, *, window: int = WINDOW, density: float | None = None
+    parameters: Named,
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    window: int = WINDOW,
+    density: float | None = None,
 ) -> Optimizer:
     """Return M-FAC in its scale-free form."""
-    return MFAC(parameters, lr, window_size=window, momentum=0.9, density=density)
+    return MFAC(
+        parameters,
+        lr,
+        window_size=window,
+        momentum=0.9,
+        density=density,
+        weight_decay=weight_decay,
+    )
 
 
-def sparse(parameters: Iterable[Tensor], lr: float) -> Optimizer:
+def sparse(parameters: Named, lr: float, weight_decay: float = 0.0) -> Optimizer:
     """Return M-FAC with a sparse window."""
-    return mfac(parameters, lr, density=DENSITY)
+    return mfac(parameters, lr, weight_decay, density=DENSITY)
 
 
-Make = Callable[[Iterable[Tensor], float], Optimizer]
+Make = Callable[..., Optimizer]
 
 OPTIMIZERS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "SGD, momentum 0.9": (sgd, (0.03, 0.1, 0.3, 1.0)),
     "Adam": (Adam, (0.001, 0.003, 0.01, 0.03)),
     "AdamW": (AdamW, (0.001, 0.003, 0.01, 0.03)),
+    **peers(),
     "M-FAC": (mfac, (0.003, DEFAULT, 0.03, 0.1)),
     "M-FAC, sparse": (sparse, (0.003, DEFAULT, 0.03, 0.1)),
 }
 
-COLOURS = ("#999999", "#E69F00", "#CC79A7", "#0072B2", "#009E73")
+COLOURS = {
+    "SGD, momentum 0.9": "#999999",
+    "Adam": "#E69F00",
+    "AdamW": "#CC79A7",
+    "Muon and AdamW": "#56B4E9",
+    "SOAP": "#D55E00",
+    "Shampoo": "#000000",
+    "M-FAC": "#0072B2",
+    "M-FAC, sparse": "#009E73",
+}
 
 
 def run(task: Task, make: Make, lr: float, seed: int) -> dict[str, Any]:
@@ -82,7 +114,8 @@ def run(task: Task, make: Make, lr: float, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     samples = torch.Generator().manual_seed(seed)
     model = task.model()
-    optimizer = make(model.parameters(), lr)
+    options = {} if task.weight_decay is None else {"weight_decay": task.weight_decay}
+    optimizer = make(model.named_parameters(), lr, **options)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, task.steps)
     losses, seconds = [], 0.0
     for _ in range(task.steps):
@@ -97,6 +130,7 @@ def run(task: Task, make: Make, lr: float, seed: int) -> dict[str, Any]:
         losses.append(loss.item())
     means = [float(np.mean(some)) for some in np.array_split(losses, POINTS)]
     last = float(np.mean(losses[-max(1, task.steps // 10) :]))
+    model.eval()
     with torch.no_grad():
         result = task.test(model)
     return {
@@ -109,21 +143,23 @@ def run(task: Task, make: Make, lr: float, seed: int) -> dict[str, Any]:
     }
 
 
-def compare(task: Task, seeds: range, rates_tried: int | None) -> list[dict]:
+def compare(
+    task: Task, methods: Sequence[str], seeds: range, rates_tried: int | None
+) -> Iterator[list[dict]]:
     """Tune each optimiser, then train with it from every seed; M-FAC also as it comes."""
-    records = []
-    for name, (make, rates) in OPTIMIZERS.items():
+    short = replace(task, steps=task.tuning_steps or task.steps)
+    for name in methods:
+        make, rates = OPTIMIZERS[name]
         tuning = [
-            run(task, make, lr, TUNING_SEED) for lr in track(rates[:rates_tried], f"tuning {name}")
+            run(short, make, lr, TUNING_SEED) for lr in track(rates[:rates_tried], f"tuning {name}")
         ]
         best = min(tuning, key=lambda record: record["loss"])["rate"]
         chosen = [run(task, make, best, seed) for seed in track(seeds, name)]
-        records += [{"method": name, **record} for record in chosen]
+        yield [{"method": name, **record} for record in chosen]
         if "M-FAC" in name:
             if best != DEFAULT:
                 chosen = [run(task, make, DEFAULT, seed) for seed in track(seeds, name)]
-            records += [{"method": f"{name}, default rate", **record} for record in chosen]
-    return records
+            yield [{"method": f"{name}, default rate", **record} for record in chosen]
 
 
 def results(task: Task, records: list[dict]) -> str:
@@ -148,7 +184,8 @@ def draw(path: Path, task: Task, records: list[dict]) -> None:
     with drawing(path, 11, 4.2) as figure:
         figure.suptitle(task.title)
         by_step, by_time = figure.subplots(1, 2, sharey=True)
-        for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
+        for name in [name for name in COLOURS if select(records, "losses", method=name)]:
+            colour = COLOURS[name]
             losses = np.array(select(records, "losses", method=name))
             ends = (np.arange(POINTS) + 1) / POINTS
             seconds = np.mean(select(records, "seconds", method=name))
@@ -164,14 +201,42 @@ def draw(path: Path, task: Task, records: list[dict]) -> None:
 def shortened(task: Task, args: argparse.Namespace) -> tuple[Task, range]:
     """Return the task, of a few steps where a quick run is wanted, and the seeds."""
     torch.set_num_threads(1)
-    return replace(task, steps=POINTS) if args.quick else task, seeds_of(args)
+    short = replace(task, steps=POINTS, tuning_steps=POINTS)
+    return short if args.quick else task, seeds_of(args)
+
+
+def kept(path: Path, methods: Sequence[str]) -> list[dict]:
+    """Return the records of earlier runs that are of other optimisers than these."""
+    if not path.exists():
+        return []
+    records = json.loads(path.read_text(encoding="utf-8"))["records"]
+    return [r for r in records if r["method"].removesuffix(", default rate") not in methods]
 
 
 def report(name: str, task: Task, args: argparse.Namespace) -> None:
     """Compare the optimisers on a task; write the table, the picture and all numbers."""
     task, seeds = shortened(task, args)
-    records = compare(task, seeds, rates_tried=1 if args.quick else None)
+    # AdamW is Adam with a decay that is not part of the gradient.
+    fitting = [x for x in OPTIMIZERS if x != "Adam" or task.weight_decay is None]
+    methods = [x for x in fitting if args.only is None or x in args.only]
     settings = {"steps": task.steps, "window": WINDOW, "density": DENSITY}
     settings["rates"] = {name: rates for name, (_, rates) in OPTIMIZERS.items()}
-    save(args.output, name, settings, records, {"table": results(task, records)})
+    settings["weight_decay"] = task.weight_decay
+    records = [] if args.only is None else kept(args.output / f"{name}.json", methods)
+    for found in compare(task, methods, seeds, rates_tried=1 if args.quick else None):
+        records += found  # written as they come: a run may take hours
+        records.sort(
+            key=lambda r: list(OPTIMIZERS).index(r["method"].removesuffix(", default rate"))
+        )
+        save(args.output, name, settings, records, {"table": results(task, records)})
     draw(args.output / f"{name}.svg", task, records)
+
+
+def training_options(description: str) -> argparse.ArgumentParser:
+    """Return a parser of what every script of training takes."""
+    parser = options(description)
+    names = ", ".join(OPTIMIZERS)
+    parser.add_argument(
+        "--only", nargs="+", help=f"run these of {names}, and keep what there is of the others"
+    )
+    return parser

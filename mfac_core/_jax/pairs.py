@@ -79,7 +79,7 @@ def _combine_exactly(gradients: Array, high: Array, low: Array) -> Array:
     """Gᵀ(high + low), its terms to twice their precision."""
     gradients = gradients.astype(high.dtype)
     # Numbers of half the digits have exact products; all else is smaller by those digits.
-    coarse, coarse_gradients = _half_precision(high), _half_precision(gradients)
+    coarse, coarse_gradients = half_precision(high), half_precision(gradients)
     fine = (high - coarse) + low
     leading = coarse[:, None] * coarse_gradients
     rest = coarse[:, None] * (gradients - coarse_gradients) + fine[:, None] * gradients
@@ -88,10 +88,16 @@ def _combine_exactly(gradients: Array, high: Array, low: Array) -> Array:
     return total + error
 
 
-def _half_precision(x: Array) -> Array:
+def half_precision(x: Array) -> Array:
     """Round to half the digits."""
     info = jnp.finfo(x.dtype)
     return lax.reduce_precision(x, info.nexp, (info.nmant - 1) // 2)
+
+
+def split(x: Array, dtype: Any) -> Array:
+    """Return x of at least this dtype as a pair, stacked in front."""
+    high = x.astype(dtype)
+    return jnp.stack([high, (x - high.astype(x.dtype)).astype(dtype)])
 
 
 def solve(gram: Array, shift: Array, b: Array) -> Array:
@@ -100,12 +106,45 @@ def solve(gram: Array, shift: Array, b: Array) -> Array:
     JAX has float64 only in its x64 mode; without it the host solves, in a callback.
     """
     if jax.config.jax_enable_x64:
-        return _solve_here(gram, shift, b)
+        factor = _factor_here(gram, shift)
+        y = jax.scipy.linalg.cho_solve((factor, True), jnp.sum(b.astype(jnp.float64), axis=0))
+        return split(y, b.dtype)
     out = jax.ShapeDtypeStruct(b.shape, b.dtype)
     return jax.pure_callback(_solve_on_host, out, gram, shift, b, vmap_method="sequential")
 
 
-def _solve_here(gram: Array, shift: Array, b: Array) -> Array:
+def column(gram: Array, shift: Array, j: Array, wanted: Array, whole: Array) -> tuple[Array, Array]:
+    """Column j of K = (shift·I + gram)⁻¹ where it is wanted, and all of K where that is.
+
+    Pairs, (2, m) and (2, m, m); zeros for what is not wanted.
+    """
+    out = tuple(jax.ShapeDtypeStruct(x.shape, gram.dtype) for x in (gram[:, 0], gram))
+    if not jax.config.jax_enable_x64:
+        found: tuple[Array, Array] = jax.pure_callback(
+            _column_on_host, out, gram, shift, j, wanted, whole, vmap_method="sequential"
+        )
+        return found
+
+    def here() -> tuple[Array, Array]:
+        factor = _factor_here(gram, shift)
+        identity = jnp.eye(len(factor), dtype=factor.dtype)
+
+        def inverse() -> tuple[Array, Array]:
+            k = split(jax.scipy.linalg.cho_solve((factor, True), identity), gram.dtype)
+            return k[:, :, j], k
+
+        def one() -> tuple[Array, Array]:
+            y = jax.scipy.linalg.cho_solve((factor, True), identity[j])
+            return split(y, gram.dtype), jnp.zeros_like(gram)
+
+        return lax.cond(whole, inverse, one)  # type: ignore[no-any-return]
+
+    nothing = jnp.zeros_like(gram[:, 0]), jnp.zeros_like(gram)
+    return lax.cond(wanted, here, lambda: nothing)  # type: ignore[no-any-return]
+
+
+def _factor_here(gram: Array, shift: Array) -> Array:
+    """Return the lower Cholesky factor of shift·I + gram, in float64."""
     a = jnp.sum(gram.astype(jnp.float64), axis=0)
     identity = jnp.eye(len(a), dtype=jnp.float64)
 
@@ -119,13 +158,29 @@ def _solve_here(gram: Array, shift: Array, b: Array) -> Array:
         lambda tried: (tried[0] + 1, factor(lifts[tried[0]])),
         (0, factor(jnp.zeros(()))),
     )
-    y = jax.scipy.linalg.cho_solve((lower, True), jnp.sum(b.astype(jnp.float64), axis=0))
-    high = y.astype(b.dtype)
-    return jnp.stack([high, (y - high).astype(b.dtype)])
+    return lower
 
 
 def _solve_on_host(gram: Any, shift: Any, b: Any) -> np.ndarray[Any, Any]:
     gram, b = (np.asarray(parts, dtype=np.float64).sum(axis=0) for parts in (gram, b))
-    y = solve_on_host(gram, float(shift), b)
+    return _split_on_host(solve_on_host(gram, float(shift), b))
+
+
+def _column_on_host(
+    gram: Any, shift: Any, j: Any, wanted: Any, whole: Any
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    gram = np.asarray(gram)
+    if not wanted:
+        return np.zeros_like(gram[:, 0]), np.zeros_like(gram)
+    a = gram.astype(np.float64).sum(axis=0)
+    if whole:
+        k = _split_on_host(solve_on_host(a, float(shift), np.eye(len(a))))
+        return k[:, :, int(j)].copy(), k
+    unit = np.zeros(len(a))
+    unit[int(j)] = 1.0
+    return _split_on_host(solve_on_host(a, float(shift), unit)), np.zeros_like(gram)
+
+
+def _split_on_host(y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     high = y.astype(np.float32)
     return np.stack([high, (y - high).astype(np.float32)])

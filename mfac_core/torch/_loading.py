@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfac_core.torch._sharding import local
+from mfac_core.torch._sharding import as_pairs, local
 from mfac_core.torch._state import SPARSE, State, packed, rows_in
 
 
@@ -94,7 +94,7 @@ def _check(
     if "step" not in entry:
         msg = f"loaded state of {name} is not MFAC's: it has {sorted(entry)} and no 'step'"
         raise ValueError(msg)
-    rows = rows_in(entry)
+    rows, wanted = rows_in(entry), tuple(as_pairs(p).shape)
     if rows is not None and density is None:
         shape = tuple(rows[0].shape if isinstance(rows, list) else rows.shape[1:])
         m = len(rows)
@@ -104,18 +104,15 @@ def _check(
                 "with the window_size of the state"
             )
             raise ValueError(msg)
-        if shape != tuple(p.shape):
-            msg = f"loaded gradients of {name} have shape {shape}, the parameter {tuple(p.shape)}"
+        if shape != wanted:
+            msg = f"loaded gradients of {name} have shape {shape}, the parameter {wanted}"
             raise ValueError(msg)
         if dtype is not None and not _fits(rows, dtype):
             msg = f"loaded gradients of {name} overflow the window_dtype {dtype}"
             raise ValueError(msg)
     velocity = entry.get("velocity")
-    if velocity is not None and tuple(velocity.shape) != tuple(p.shape):
-        msg = (
-            f"loaded velocity of {name} has shape {tuple(velocity.shape)}, the parameter "
-            f"{tuple(p.shape)}"
-        )
+    if velocity is not None and tuple(velocity.shape) != wanted:
+        msg = f"loaded velocity of {name} has shape {tuple(velocity.shape)}, the parameter {wanted}"
         raise ValueError(msg)
 
 

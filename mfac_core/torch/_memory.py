@@ -18,7 +18,7 @@ from mfac_core._operators.sparse import SparseSlidingInverseFisher
 from mfac_core._rows.base import Reduce
 from mfac_core._rows.ring import ArrayRing
 from mfac_core._rows.shared_ring import SharedRing
-from mfac_core.torch._sharding import Sharding, is_dtensor, is_flattened, local
+from mfac_core.torch._sharding import Sharding, as_pairs, is_dtensor, is_flattened, local
 
 
 class Flat:
@@ -65,7 +65,7 @@ class Memory:
         self.params, self.scale_free = list(params), damping is None
         self.numbers = {p: i for i, p in enumerate(self.params)}
         self.sharding = Sharding(self.params, reduce)
-        self.shapes = [local(p).shape for p in self.params]
+        self.shapes = [as_pairs(local(p)).shape for p in self.params]
         self.columns, counted = _columns(self.shapes, self.sharding.counted)
         d = max((c.stop for c in self.columns), default=counted)
         sizes = [float(shape.numel()) for shape in self.shapes]

@@ -23,7 +23,7 @@ from mfac_core.torch import _scale_free, _state
 from mfac_core.torch._gradients import dtype_argument
 from mfac_core.torch._loading import Closed, closed
 from mfac_core.torch._memory import Flat, Memory
-from mfac_core.torch._sharding import local, local_gradient
+from mfac_core.torch._sharding import as_pairs, is_dtensor, local, local_gradient
 
 _ATTRIBUTES = (
     *("window_size", "density", "window_dtype", "window_device", "reduce", "skipped_steps"),
@@ -119,6 +119,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     equals the uninterrupted one bit for bit. A state is by reference, as in all of torch; what is
     loaded is copied, in the state's own dtype and not the parameters', unless ``window_dtype`` was
     given.
+
+    **Complex parameters** count as pairs of real ones, as in torch's own optimisers: the step is
+    that of their ``torch.view_as_real``, whose shape, with a last dimension of 2, the state has.
 
     **Number formats.** The step is computed in at least float32, also for 16-bit parameters and
     windows, and the m × m work in float64.
@@ -223,9 +226,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If a parameter that requires a gradient is not real floating, if the group asks for
-            another ``damping`` than the others, or if the window is sparse and has been made: its
-            rows are compressed together.
+            If a parameter that requires a gradient is not floating or complex, or is a complex
+            DTensor, if the group asks for another ``damping`` than the others, or if the window is
+            sparse and has been made: its rows are compressed together.
         """
         if self.density is not None and self.state:
             raise ValueError(
@@ -237,11 +240,15 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         bad = {
             p.dtype
             for p in group["params"]
-            if p.is_complex() or (p.requires_grad and not p.is_floating_point())
+            if (p.is_complex() and is_dtensor(p))
+            or (p.requires_grad and not (p.is_floating_point() or p.is_complex()))
         }
         if bad:
             self.param_groups.pop()
-            raise ValueError(f"MFAC needs real floating parameters, got dtype {bad.pop()}")
+            raise ValueError(
+                "MFAC needs floating parameters, or complex ones that are no DTensors, got dtype "
+                f"{bad.pop()}"
+            )
         if group["damping"] != self.damping:
             self.param_groups.pop()
             raise ValueError(
@@ -297,7 +304,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         Raises
         ------
         RuntimeError
-            If a gradient is sparse, or complex.
+            If a gradient is sparse.
 
         Warns
         -----
@@ -355,10 +362,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                 given.append((group, parameters, numbers))
         for group, parameters, numbers in given:
             gradients = [local_gradient(p) for p in parameters]
-            for g in gradients:
-                if g.layout is not torch.strided or g.is_complex():
-                    kind = "complex" if g.is_complex() else "sparse"
-                    raise RuntimeError(f"MFAC does not support {kind} gradients")
+            if any(g.layout is not torch.strided for g in gradients):
+                raise RuntimeError("MFAC does not support sparse gradients")
+            gradients = [as_pairs(g.resolve_conj()) for g in gradients]
             parts = [memory.work.parts[i] for i in numbers]
             torch._foreach_copy_(parts, gradients)
             if group["maximize"]:
@@ -371,7 +377,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         for group, parameters, numbers in given:
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
                 parts = [memory.work.parts[i] for i in numbers]
-                weights = [local(p).to(memory.window.device) for p in parameters]
+                weights = [as_pairs(local(p)).to(memory.window.device) for p in parameters]
                 torch._foreach_add_(parts, weights, alpha=group["weight_decay"])
                 decayed = True
         return decayed
@@ -412,7 +418,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                     torch._foreach_lerp_(directions, parts, momentum)
                     parts = directions
             lr = float(group["lr"])
-            weights = [local(p) for p in parameters]
+            weights = [as_pairs(local(p)) for p in parameters]
             if group["weight_decay"] and group["decoupled_weight_decay"]:
                 torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
             steps = [
@@ -450,7 +456,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         return memory
 
     def _new_memory(self, params: list[Any], states: dict[Any, Any]) -> Memory:
-        dtypes = [p.dtype for p in params] or [torch.float32]
+        dtypes = [as_pairs(local(p)).dtype for p in params] or [torch.float32]
         promoted = functools.reduce(torch.promote_types, dtypes)
         saved = next(filter(None, map(_state.dtype_of, states.values())), None)
         device = local(params[0]).device if params else torch.device("cpu")

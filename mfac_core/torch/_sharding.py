@@ -34,6 +34,11 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if is_dtensor(x) else x
 
 
+def as_pairs(x: Tensor) -> Tensor:
+    """Return x, complex numbers as pairs of real ones: a view with a last dimension of 2."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
 def local_gradient(p: Tensor) -> Tensor:
     """Return what this rank has of p's gradient, spread as p is."""
     g = p.grad

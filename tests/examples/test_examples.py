@@ -1,12 +1,16 @@
 """The examples run, in a short form, and print what they promise."""
 
+import importlib.util
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from scripts import EXAMPLES, load
 
 from mfac_core.testing import dense_inverse, error_bound
+from mfac_core.torch import MFAC
 
 
 def test_quickstart(tmp_path, capsys):
@@ -50,19 +54,66 @@ def test_benchmark_of_gradients_that_are_never_stored(capsys):
     assert lines[2].startswith("| 64 | 11,110 | 0.00 GB | 0.07 GB |")
 
 
-@pytest.mark.parametrize("name", ["train_digits", "train_fashion", "train_text"])
+@pytest.mark.parametrize("name", ["train_digits", "train_fashion", "train_text", "train_resnet"])
 def test_training(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     arguments = ["--quick", "--output", str(tmp_path)]
-    if name == "train_fashion":
+    if name in ("train_fashion", "train_resnet"):
         write_images(tmp_path, np.random.default_rng(0))
         arguments += ["--data", str(tmp_path)]
     load(f"experiments/{name}.py").main(arguments)
     table = name.replace("_", "-")
     header, _, *rows = (tmp_path / f"{table}-table.md").read_text().splitlines()
     assert header.startswith("| optimiser | rate | training loss | test ")
-    assert len(rows) == 7
+    peers = 3 if importlib.util.find_spec("pytorch_optimizer") else 1
+    assert len(rows) == 6 + peers + (name != "train_resnet")  # where Adam is AdamW
+    if name == "train_digits":
+        before = json.loads((tmp_path / "train-digits.json").read_text())["records"]
+        load(f"experiments/{name}.py").main([*arguments, "--only", "M-FAC"])
+        after = json.loads((tmp_path / "train-digits.json").read_text())["records"]
+        assert [r["method"] for r in after] == [r["method"] for r in before]
     assert "<svg" in (tmp_path / f"{table}.svg").read_text()
+
+
+def bytes_of(state):
+    """Bytes of all tensors in a state, also inside of lists and objects."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    parts = vars(state) if hasattr(state, "__dict__") else state
+    parts = parts.values() if isinstance(parts, dict) else parts
+    return sum(map(bytes_of, parts)) if isinstance(parts, (list, tuple, type({}.values()))) else 0
+
+
+def test_costs_of_optimizers(tmp_path, monkeypatch):
+    """What is computed for large models is what the states of a small one are."""
+    monkeypatch.syspath_prepend(EXAMPLES / "experiments")
+    script = load("benchmarks/optimizer_costs.py")
+    script.main(["--output", str(tmp_path)])
+    assert len((tmp_path / "optimizer-costs.md").read_text().splitlines()) == 2 + 2 * 7
+    assert script.elements(script.resnet50()) == 25_557_032
+    assert script.elements(script.gpt2()) == 124_439_808
+    shapes = [(64, 16, 3, 3), (64,), (600, 64), (600,)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    make = {
+        "SGD with momentum": lambda: torch.optim.SGD(params, 0.1, momentum=0.9),
+        "Adam": lambda: torch.optim.Adam(params),
+        "M-FAC, window 64": lambda: MFAC(params),
+        "M-FAC, window 64 of bfloat16": lambda: MFAC(params, window_dtype=torch.bfloat16),
+        "M-FAC, window 64, density 0.01": lambda: MFAC(params, density=0.01),
+    }
+    peers = load("experiments/training_peers.py").peers()
+    named = [(str(i), p) for i, p in enumerate(params)]
+    make |= {x: partial(peers[x][0], named, 0.1) for x in ("SOAP", "Shampoo") if x in peers}
+    for name, computed in script.costs(shapes).items():
+        if name in make:
+            optimizer = make[name]()
+            for p in params:
+                p.grad = torch.randn_like(p)
+            for _ in range(2):
+                optimizer.step()
+            found = sum(bytes_of(optimizer.state[p]) for p in params)
+            small = 3 * 8 * 64**2 + 4096  # what is window_size squared, and counters
+            assert computed[0] <= found <= computed[0] + small, name
 
 
 def write_images(folder, rng):

@@ -8,6 +8,7 @@ from conftest import relative_error
 
 import mfac_core as mfac
 from mfac_core import functional
+from mfac_core._jax import inverse as _inverse
 from mfac_core._jax import pairs as _pairs
 from mfac_core.testing import dense_inverse, error_bound
 
@@ -185,6 +186,56 @@ def test_an_empty_window_and_zero_gradients(rng, x64):
     state, y = step(state, jnp.zeros(D, jnp.float32))
     np.testing.assert_array_equal(y, np.zeros(D))
     np.testing.assert_array_equal(functional.matvec(state, x), 2 * x)
+
+
+def test_the_inverse_is_brought_up_to_date(rng, x64):
+    """It is formed once the window is full, then every M steps; in between O(m²) does."""
+    gradients = correlated(rng, 5 * M, D, 0.1)
+    state, left = functional.init(D, M, damping=1.0), []
+    for i, g in enumerate(gradients):
+        state, y = step(state, g)
+        left.append(int(state.inverse_left))
+        held = gradients[max(0, i + 1 - M) : i + 1]
+        expected = dense_inverse(held, damping=1.0) @ g
+        assert relative_error(y, expected) <= error_bound(held, damping=1.0)
+    assert left[: 2 * M + 2] == [*[0] * M, *range(M, -1, -1), M]
+    assert min(left) == 0
+
+
+def test_an_inverse_that_is_not_good_is_found_out(rng, x64):
+    gradients = rng.standard_normal((2 * M + 3, D)).astype(np.float32)
+    state, _ = filled(gradients[:-1], M, 0.1)
+    assert int(state.inverse_left) > 0
+    state = state._replace(inverse=state.inverse + 0.1 * jnp.max(state.inverse))
+    held = gradients[-M - 1 : -1]
+    dense, bound = dense_inverse(held, damping=0.1), error_bound(held, damping=0.1)
+    assert relative_error(functional.matvec(state, gradients[0]), dense @ gradients[0]) <= bound
+    appended = functional.append(state, gradients[-1])
+    state, y = step(state, gradients[-1])
+    expected = dense_inverse(gradients[-M:], damping=0.1) @ gradients[-1]
+    assert relative_error(y, expected) <= bound
+    assert int(state.inverse_left) == int(appended.inverse_left) == -functional.PATIENCE
+
+
+def test_an_inverse_does_not_drift(rng):
+    """Row after row, far longer than a window keeps one, and with a condition of about 1e3."""
+    m, d, shift = 12, 40, np.float32(0.4)
+    rows = rng.standard_normal(d) + 0.1 * rng.standard_normal((200, d))
+    held = rows[:m].copy()
+    wide = np.float64(shift) * np.eye(m)
+    first = np.linalg.inv(held @ held.T + wide)
+    inverse = np.stack([first.astype(np.float32), np.zeros((m, m), np.float32)])
+    inverse[1] = first - inverse[0]
+    replaced = jax.jit(_inverse.replaced)
+    for i, row in enumerate(rows[m:]):
+        held[i % m] = row
+        gram = held @ held.T
+        column = np.stack([gram[:, i % m].astype(np.float32)] * 2)
+        column[1] = gram[:, i % m] - column[0]
+        inverse, found = replaced(inverse, column, i % m, np.array([shift, 0.0], np.float32))
+    expected = np.linalg.inv(gram + wide)
+    assert relative_error(np.asarray(inverse, np.float64).sum(axis=0), expected) <= 1e-8
+    assert relative_error(np.asarray(found, np.float64).sum(axis=0), expected[i % m]) <= 1e-8
 
 
 def test_a_large_system_does_not_hang(rng):

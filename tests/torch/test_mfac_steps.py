@@ -356,8 +356,9 @@ def test_what_is_not_supported_is_refused_by_name():
         MFAC([p], window_size=2, differentiable=True)
     with pytest.raises(ValueError, match="nesterov needs a momentum"):
         MFAC([p], window_size=2, momentum=0.0, nesterov=True)
-    with pytest.raises(ValueError, match="complex64"):
-        MFAC([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))], window_size=2)
+    for name in ("foreach", "fused", "capturable"):
+        with pytest.raises(TypeError, match=name):
+            MFAC([p], window_size=2, **{name: True})
 
 
 def test_empty_lists_are_as_in_adam():

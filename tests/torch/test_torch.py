@@ -391,8 +391,6 @@ def test_bad_arguments(options, message):
 def test_bad_parameters():
     with pytest.raises(ValueError, match="empty parameter list"):
         MFAC([], window_size=2)
-    with pytest.raises(ValueError, match="complex64"):
-        MFAC([torch.zeros(2, dtype=torch.complex64)], window_size=2)
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     optimizer = MFAC(embedding.parameters(), window_size=2)
     embedding(torch.tensor([1])).sum().backward()

@@ -90,7 +90,7 @@ for name, score in suspicion.items():
     assert hits[WRONG - 1] > WRONG / 2
 axes.plot(k, np.minimum(1, WRONG / k), ":", label="the best there is")
 axes.set(xlabel="k, labels looked at", ylabel="share of wrong ones among them", ylim=(0, 1.05))
-axes.legend()
+_ = axes.legend()
 
 # %%
 # On which samples does a prediction rest?

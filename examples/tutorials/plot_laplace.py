@@ -130,7 +130,7 @@ right.plot(grid, draws[:8].T, linewidth=0.6, alpha=0.7, color="C2")
 right.plot(grid, mean, label="the network")
 right.plot(x, y, ".", label="measurements")
 right.set(xlabel="x", ylim=(-3.5, 3.5))
-right.legend(loc="upper left")
+_ = right.legend(loc="upper left")
 
 # %%
 # What holds of it

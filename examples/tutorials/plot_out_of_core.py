@@ -114,7 +114,7 @@ for name, peak in peaks.items():
     print(f"{name:13} {peak[-1]:5.1f} MB at most, beside {sizes[-1]:.0f} MB of gradients")
     assert peak[-1] < peak[0] + 0.1 * sizes[-1]
 axes.set(xlabel="gradients, MB", ylabel="most that was allocated, MB", xlim=0, ylim=0)
-axes.legend()
+_ = axes.legend()
 
 # %%
 # The diagonal, layer by layer

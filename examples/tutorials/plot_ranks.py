@@ -100,7 +100,6 @@ def asked(size):
 
 
 alone = mfac.InverseFisher(rows, damping=1e-3)
-pairs = {}
 for size in (2, 4):
     products, diagonals, logdets, *_ = zip(*asked(size), strict=True)
     assert len(set(logdets)) == 1

@@ -1,5 +1,6 @@
 """Rows that are never stored, against rows that are, by plain differentiation in float64."""
 
+import functools
 import itertools
 
 import jax
@@ -15,6 +16,14 @@ from mfac_core.jax import ModelGradients
 from mfac_core.testing import assert_rows, dense_inverse
 
 CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def quickly_compiled():
+    """What is compiled runs a few times: XLA's optimisations take longer than they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normed(x):
@@ -99,6 +108,13 @@ def stored(params, loss_fn, batches):
         return np.concatenate(rows)
 
 
+@functools.cache
+def expected(name):
+    """The oracle for a problem's losses: compiled once, in float64."""
+    forward, params, batches = problem(name)
+    return stored(params, losses_of(forward), batches)
+
+
 def assert_same(rows, g, tolerance):
     rng = np.random.default_rng(0)
     m, d = g.shape
@@ -121,7 +137,7 @@ def assert_same(rows, g, tolerance):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_rows_are_those_of_plain_differentiation(name):
     forward, params, batches = problem(name)
-    g = stored(params, losses_of(forward), batches)
+    g = expected(name)
     rows = ModelGradients(params, losses_of(forward), batches)
     assert rows.dtype == np.float32
     assert_same(rows, g, 1e-5)
@@ -140,7 +156,7 @@ def test_a_row_a_batch():
 
 def test_in_64_bits():
     forward, params, batches = problem("mlp")
-    g = stored(params, losses_of(forward), batches)
+    g = expected("mlp")
     with jax.enable_x64(True):
         wide = {n: jnp.asarray(p, jnp.float64) for n, p in params.items()}
         given = [b | {"x": b["x"].astype(np.float64)} for b in batches]
@@ -157,7 +173,7 @@ def test_they_go_where_arrays_go():
     rows = ModelGradients(params, losses_of(forward), batches)
     assert_rows(rows)
     assert_rows(rows.in_float64())
-    g = stored(params, losses_of(forward), batches)
+    g = expected("mlp")
     x = jnp.linspace(-1, 1, g.shape[1])
     for damping in (1e-1, 1e-7):  # the second asks for float64
         product = mfac.InverseFisher(rows, damping=damping) @ x
@@ -168,17 +184,18 @@ def test_they_go_where_arrays_go():
         mfac.InverseFisher(rows, damping=0.1).diagonal()
 
 
-@pytest.mark.parametrize("memory", [1, 1 << 28])
-def test_influence_of_a_model(memory):
+def test_influence_of_a_model():
     forward, params, batches = problem("mlp")
-    train = ModelGradients(params, losses_of(forward), batches, memory=memory)
+    train = ModelGradients(params, losses_of(forward), batches)
     asked = data((5,), (2, 3), seed=2)
-    g, q = (stored(params, losses_of(forward), b) for b in (batches, asked))
-    queries = ModelGradients(params, losses_of(forward), asked, memory=memory)
-    assert relative_error(train.cross(queries), g @ q.T) <= 1e-5
-    scores = Influence(train, damping=0.1).scores(queries)
-    assert isinstance(scores, jax.Array)
-    assert relative_error(scores, q @ dense_inverse(g, damping=0.1) @ g.T / len(g)) <= 1e-5
+    g, q = expected("mlp"), stored(params, losses_of(forward), asked)
+    queries = ModelGradients(params, losses_of(forward), asked)
+    for memory in (1, 1 << 28):  # batch by batch, and all at once
+        train._memory = queries._memory = memory
+        assert relative_error(train.cross(queries), g @ q.T) <= 1e-5
+        scores = Influence(train, damping=0.1).scores(queries)
+        assert isinstance(scores, jax.Array)
+        assert relative_error(scores, q @ dense_inverse(g, damping=0.1) @ g.T / len(g)) <= 1e-5
     fewer = {n: p for n, p in params.items() if n != "b1"}
     others = ModelGradients(fewer, lambda p, b: b["x"] @ p["w1"][:, 0], asked)
     with pytest.raises(ValueError, match="other must be of parameters of shapes"):
@@ -216,7 +233,7 @@ def test_functions_without_a_forward_mode():
         return twice(losses_of(forward)(params, batch))
 
     rows = ModelGradients(params, loss_fn, batches)
-    assert_same(rows, stored(params, loss_fn, batches), 1e-5)
+    assert_same(rows, 2 * expected("mlp"), 1e-5)
     assert not rows._has_forward_mode
 
 
@@ -254,13 +271,13 @@ class Passes:
     ],
 )
 def test_batches_that_change_are_noticed(change, message):
-    forward, params, _ = problem("mlp")
+    params = {"w": np.ones(5, np.float32)}  # a line: each of these is compiled anew
     for act in (
         lambda rows: rows.gram(),
         lambda rows: rows.project(np.ones(rows.shape[1], np.float32)),
         lambda rows: rows.combine(np.ones(rows.shape[0], np.float32)),
     ):
-        rows = ModelGradients(params, losses_of(forward), Passes(change))
+        rows = ModelGradients(params, lambda p, b: b["x"] @ p["w"], Passes(change))
         with pytest.raises(RuntimeError, match=message):
             act(rows)
 
@@ -278,10 +295,9 @@ def test_what_is_not_deterministic_is_noticed():
 
 def test_parameters_that_are_written_to_afterwards():
     forward, params, batches = problem("mlp")
-    g = stored(params, losses_of(forward), batches)
     rows = ModelGradients(params, losses_of(forward), batches)
     params["w1"][:] = 7.0
-    assert relative_error(rows.combine(np.ones(8, np.float32)), g.sum(0)) <= 1e-5
+    assert relative_error(rows.combine(np.ones(8, np.float32)), expected("mlp").sum(0)) <= 1e-5
 
 
 def test_samples_that_are_fitted_to_the_last_digit():

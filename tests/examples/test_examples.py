@@ -37,6 +37,7 @@ def test_training_with_optax(tmp_path, capsys):
     ("name", "header"),
     [
         ("cpu.py", "| what | against | measured |"),
+        ("influence.py", "| what | seconds | beside the plain Gram matrix |"),
         ("functional.py", "| append_matvec | x64 | against two bare passes | memory / window |"),
     ],
 )

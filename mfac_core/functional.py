@@ -30,6 +30,9 @@ from mfac_core._jax import pairs as _pairs
 
 __all__ = ["State", "append", "append_matvec", "init", "matvec"]
 
+KEPT_FROM = 128
+"""Window size from which the inverse of the dual is kept; smaller duals are factored as quickly."""
+
 STEADY = 2.0**-16
 """Relative change of nλ under which the inverse for one is refined to that for the other."""
 
@@ -56,7 +59,7 @@ class State(NamedTuple):
         Row of the oldest gradient, int32.
     damping : array, shape ()
         λ > 0, in JAX's default float dtype.
-    inverse : array, shape (2, m, m)
+    inverse : array, shape (2, m, m), or (2, 0, 0) for m < 128
         K = A⁻¹ with A = nλI + GGᵀ, a sum as ``gram`` is; of no meaning unless the next two say so.
     inverse_shift : array, shape ()
         The nλ of the last system that was solved.
@@ -125,13 +128,14 @@ def init(
     gradients = jnp.zeros((m, d), dtype)
     gram = jnp.zeros((2, m, m), _working_dtype(gradients))
     damping = jnp.asarray(damping, jnp.result_type(float))
+    kept = m if m >= KEPT_FROM else 0
     return State(
         gradients,
         gram=gram,
         count=jnp.zeros((), jnp.int32),
         oldest=jnp.zeros((), jnp.int32),
         damping=damping,
-        inverse=jnp.zeros_like(gram),
+        inverse=jnp.zeros((2, kept, kept), gram.dtype),
         inverse_shift=jnp.zeros_like(damping),
         inverse_left=jnp.zeros((), jnp.int32),
     )
@@ -203,10 +207,10 @@ def append_matvec(state: State, g: Array) -> tuple[State, Array]:
 
     Notes
     -----
-    Two passes over the window and an update of A⁻¹, refined against A: O(dm + m²). Where nλ has
-    changed, where the update's residual is too large, and every m steps, A is factored: O(m³); in
-    every step under ``jax.vmap`` with x64. One pass less than :func:`append` and :func:`matvec`,
-    and more accurate, since nothing is subtracted.
+    Two passes over the window and, from m = 128 on, an update of A⁻¹, refined against A:
+    O(dm + m²). In smaller windows, where nλ has changed, where the update's residual is too large,
+    and every m steps, A is factored: O(m³); in every step under ``jax.vmap`` with x64. One pass
+    less than :func:`append` and :func:`matvec`, and more accurate, since nothing is subtracted.
 
     Examples
     --------
@@ -320,6 +324,8 @@ def _renewed(state: State, row: Array, taken: Array, *, solve: bool) -> tuple[St
     shift, m = _shift(state), len(state.gradients)
     pair = _pairs.split(shift, state.gram.dtype)
     unit = jnp.zeros_like(state.gram[:, 0]).at[0, row].set(1.0)
+    if not _keeps_inverse(state):
+        return state, _pairs.solve(state.gram, shift, unit) if solve else unit
     steady, left = _is_steady(state), state.inverse_left
 
     def slide() -> tuple[Array, Array, Array]:
@@ -371,6 +377,10 @@ def _shift(state: State) -> Array:
     return _divisor(state).astype(state.damping.dtype) * state.damping
 
 
+def _keeps_inverse(state: State) -> bool:
+    return bool(state.inverse.shape[1])
+
+
 def _is_steady(state: State) -> Array:
     """Whether nλ is that of the last system, as far as refinement does not mind."""
     shift = _shift(state)
@@ -380,6 +390,8 @@ def _is_steady(state: State) -> Array:
 def _solve(state: State, b: Array) -> Array:
     """A⁻¹b for a pair, with A = nλI + GGᵀ."""
     shift = _shift(state)
+    if not _keeps_inverse(state):
+        return _pairs.solve(state.gram, shift, b)
 
     def by_inverse() -> tuple[Array, Array]:
         x = jnp.stack(_inverse.matvec(state.inverse, (b[0], b[1])))

@@ -188,7 +188,18 @@ def test_an_empty_window_and_zero_gradients(rng, x64):
     np.testing.assert_array_equal(functional.matvec(state, x), 2 * x)
 
 
-def test_the_inverse_is_brought_up_to_date(rng, x64):
+@pytest.fixture
+def kept(monkeypatch):
+    """Keep the inverse of the dual in small windows, too."""
+    monkeypatch.setattr(functional, "KEPT_FROM", 1)
+
+
+def test_small_windows_keep_no_inverse():
+    sizes = [functional.init(2, m, damping=1.0).inverse.shape for m in (127, 128)]
+    assert sizes == [(2, 0, 0), (2, 128, 128)]
+
+
+def test_the_inverse_is_brought_up_to_date(rng, x64, kept):
     """It is formed once the window is full, then every M steps; in between O(m²) does."""
     gradients = correlated(rng, 5 * M, D, 0.1)
     state, left = functional.init(D, M, damping=1.0), []
@@ -202,7 +213,7 @@ def test_the_inverse_is_brought_up_to_date(rng, x64):
     assert min(left) == 0
 
 
-def test_an_inverse_that_is_not_good_is_found_out(rng, x64):
+def test_an_inverse_that_is_not_good_is_found_out(rng, x64, kept):
     gradients = rng.standard_normal((2 * M + 3, D)).astype(np.float32)
     state, _ = filled(gradients[:-1], M, 0.1)
     assert int(state.inverse_left) > 0

@@ -11,3 +11,8 @@ FAINT = 2.0**-12
 Its mean square is then below 2⁻²⁴ of the whole's, which is where float32 rounds it off: a gradient
 that in exact arithmetic is zero, such as that of a bias before a normalisation, is of this size.
 """
+
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+"""Coefficients of aX + bXXᵀX + c(XXᵀ)²X, which bring singular values to 0.7 to 1.2: those of
+K. Jordan's Muon (2024).
+"""

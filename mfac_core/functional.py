@@ -118,13 +118,7 @@ def init(
     m = check.integer(window_size, "window_size", minimum=1)
     if not is_traced(damping):
         check.damping(damping)
-    try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except (TypeError, ValueError):
-        floating = False
-    if not floating:
-        msg = f"dtype must be real floating point, got {dtype!r}"
-        raise TypeError(msg)
+    _floating(dtype)
     gradients = jnp.zeros((m, d), dtype)
     gram = jnp.zeros((2, m, m), _working_dtype(gradients))
     damping = jnp.asarray(damping, jnp.result_type(float))
@@ -357,6 +351,17 @@ def _renewed(state: State, row: Array, taken: Array, *, solve: bool) -> tuple[St
         inverse_left=jnp.where(taken, jnp.where(good, left - 1, left_after), left),
     )
     return state, column
+
+
+def _floating(dtype: Any) -> None:
+    """Refuse what is not a real floating dtype."""
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except (TypeError, ValueError):
+        floating = False
+    if not floating:
+        msg = f"dtype must be real floating point, got {dtype!r}"
+        raise TypeError(msg)
 
 
 def _vector(state: State, x: Any, name: str) -> Array:

@@ -2,8 +2,8 @@
 
 Run ``python examples/benchmarks/optimizer_costs.py``. Nothing is measured: memory is the state's
 numbers, time the bytes that a step has to read and write once, at the bandwidth of an H100's data
-sheet. The model's own pass is not in it, nor are the matrix products of SOAP and Shampoo, which
-take longer than their bytes. Writes a table to ``docs/results``.
+sheet. The model's own pass is not in it, nor are the matrix products of SOAP and Shampoo and of
+M-FAC's singular values, which take longer than their bytes. Writes a table to ``docs/results``.
 """
 
 from __future__ import annotations
@@ -80,21 +80,34 @@ def shampoo_matrices(shapes: Shapes) -> int:
     return total
 
 
+def inverses(shapes: Shapes) -> int:
+    """Return the elements of M-FAC's inverses, one for each unit of a parameter."""
+    units = [shape if len(shape) > 1 else (1, *shape) for shape in shapes]
+    return sum(n * min(WINDOW, prod(rest)) ** 2 for n, *rest in units)
+
+
 def costs(shapes: Shapes) -> dict[str, tuple[float, float]]:
     """Return bytes of state, and bytes that a step moves, by optimiser; numbers are float32.
 
     A step reads the gradient, reads and writes weights, and reads and writes its state.
     """
     d, soap, shampoo = elements(shapes), soap_matrices(shapes), shampoo_matrices(shapes)
-    kept = ceil(DENSITY * d)
-    rest = 4.0 * d * 9  # gradient in, row out, direction out and in, momentum and weights both
+    kept, unit = ceil(DENSITY * d), inverses(shapes)
+    rest = 4.0 * d * 11  # gradient in, row out, the rest both: direction, momentum, step, weights
+    by_unit = rest + 4.0 * 3 * unit  # read for a product, then read and written
     return {
         "SGD with momentum": (4.0 * d, 4.0 * 5 * d),
         "Adam": (8.0 * d, 4.0 * 7 * d),
         "SOAP": (8.0 * d + 8.0 * soap, 4.0 * (7 * d + 3 * soap + 2 * soap / EVERY)),
         "Shampoo": (12.0 * d + 8.0 * shampoo, 4.0 * (9 * d + 3 * shampoo + shampoo / EVERY)),
-        f"M-FAC, window {WINDOW}": ((4.0 * WINDOW + 4) * d, 8.0 * WINDOW * d + rest),
-        f"M-FAC, window {WINDOW} of bfloat16": ((2.0 * WINDOW + 4) * d, 4.0 * WINDOW * d + rest),
+        f"M-FAC, window {WINDOW}": (
+            (4.0 * WINDOW + 4) * d + 4.0 * unit,
+            8.0 * WINDOW * d + by_unit,
+        ),
+        f"M-FAC, window {WINDOW} of bfloat16": (
+            (2.0 * WINDOW + 4) * d + 4.0 * unit,
+            4.0 * WINDOW * d + by_unit,
+        ),
         f"M-FAC, window {WINDOW}, density {DENSITY}": (
             8.0 * WINDOW * kept + 8.0 * d,
             16.0 * WINDOW * kept + rest + 8.0 * d,

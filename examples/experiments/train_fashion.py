@@ -1,9 +1,9 @@
 """Train a convolutional network on Fashion-MNIST with M-FAC and its peers.
 
-Run ``python examples/experiments/train_fashion.py``: it tunes, compares, and then varies the size
-of M-FAC's window. The steps are those of one epoch. It needs the four IDX files of the data set as
-Debian's package dataset-fashion-mnist installs them, or in the folder ``--data``. Writes a table, a
-picture and all numbers to ``docs/results``.
+Run ``python examples/experiments/train_fashion.py``: it tunes and compares. The steps are those of
+one epoch. It needs the four IDX files of the data set as Debian's package dataset-fashion-mnist
+installs them, or in the folder ``--data``. Writes a table, a picture and all numbers to
+``docs/results``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from data import fashion_mnist
 from networks import cnn, evaluate
 from torch import Tensor
 from training import Task, report, training_options
-from training_windows import report_windows
 
 STEPS, BATCH = 938, 64
 
@@ -38,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
         STEPS,
     )
     report("train-fashion", task, args)
-    report_windows("train-fashion-windows", task, args)
 
 
 if __name__ == "__main__":

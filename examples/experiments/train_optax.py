@@ -32,7 +32,8 @@ WIDTHS = (64, 128, 32, 10)
 OPTIMISERS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "SGD, momentum": (lambda lr: optax.sgd(lr, MOMENTUM), (0.01, 0.03, 0.1, 0.3, 1.0)),
     "Adam": (optax.adam, (0.001, 0.003, 0.01, 0.03, 0.1)),
-    "M-FAC, momentum": (
+    "M-FAC": (mfac, (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "M-FAC, plain": (
         lambda lr: mfac(lr, WINDOW, DAMPING, momentum=MOMENTUM),
         (0.001, 0.003, 0.01, 0.03, 0.1),
     ),

@@ -2,9 +2,9 @@
 
 Run ``python examples/experiments/train_resnet.py``: images of 14 × 14 pixels, the means of two by
 two, shifted and mirrored at random, and weight decay. The steps are those of two epochs of 10,000
-images, or of ``--images``. It needs the four IDX files of the data set as
-Debian's package dataset-fashion-mnist installs them, or in the folder ``--data``. Writes a table, a
-picture and all numbers to ``docs/results``.
+images, or of ``--images``. It tunes, compares, and then varies the size of M-FAC's window. It needs
+the four IDX files of the data set as Debian's package dataset-fashion-mnist installs them, or in
+the folder ``--data``. Writes tables, pictures and all numbers to ``docs/results``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from networks import evaluate, resnet
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 from training import Task, report, training_options
+from training_windows import report_windows
 
 EPOCHS, IMAGES, BATCH, WIDTH, DECAY, SHIFT = 2, 10_000, 64, 8, 0.05, 1
 
@@ -62,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="folder of the data set")
     parser.add_argument("--images", type=int, default=IMAGES, help="how many to train on")
     args = parser.parse_args(argv)
-    report("train-resnet", resnet_task(args.data, args.images), args)
+    task = resnet_task(args.data, args.images)
+    report("train-resnet", task, args)
+    report_windows("train-resnet-windows", task, args)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from seeds import options, save, seeds_of, select, spread, table, unique
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from training_peers import Named, peers
+from training_peers import RATES, Named, peers
 
 from mfac_core.torch import MFAC
 
-WINDOW, DENSITY, DEFAULT = 64, 0.01, 0.01
+WINDOW, DENSITY, DEFAULT = 64, 0.01, 0.0125
 TUNING_SEED = 1000
 POINTS = 30
 """Means of the training loss that a run is recorded by."""
@@ -66,15 +66,8 @@ def mfac(
     window: int = WINDOW,
     density: float | None = None,
 ) -> Optimizer:
-    """Return M-FAC in its scale-free form."""
-    return MFAC(
-        parameters,
-        lr,
-        window_size=window,
-        momentum=0.9,
-        density=density,
-        weight_decay=weight_decay,
-    )
+    """Return M-FAC as it comes, in its scale-free form."""
+    return MFAC(parameters, lr, window_size=window, density=density, weight_decay=weight_decay)
 
 
 def sparse(parameters: Named, lr: float, weight_decay: float = 0.0) -> Optimizer:
@@ -86,11 +79,11 @@ Make = Callable[..., Optimizer]
 
 OPTIMIZERS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "SGD, momentum 0.9": (sgd, (0.03, 0.1, 0.3, 1.0)),
-    "Adam": (Adam, (0.001, 0.003, 0.01, 0.03)),
-    "AdamW": (AdamW, (0.001, 0.003, 0.01, 0.03)),
+    "Adam": (Adam, RATES),
+    "AdamW": (AdamW, RATES),
     **peers(),
-    "M-FAC": (mfac, (0.003, DEFAULT, 0.03, 0.1)),
-    "M-FAC, sparse": (sparse, (0.003, DEFAULT, 0.03, 0.1)),
+    "M-FAC": (mfac, RATES),
+    "M-FAC, sparse": (sparse, RATES),
 }
 
 COLOURS = {

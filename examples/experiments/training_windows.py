@@ -12,8 +12,8 @@ from networks import track
 from seeds import save, select, spread, table
 from training import DEFAULT, Task, mfac, run, shortened
 
-WINDOWS = (1, 4, 16, 64, 256, 1024)
-"""With one gradient F⁻¹g is a multiple of g: what is left is the scale-free step alone."""
+WINDOWS = (1, 4, 16, 64, 256)
+"""With one gradient F⁻¹g is a multiple of g in each unit: what is left is the step without F."""
 RATES = (0.003, DEFAULT)
 COLOURS = ("#56B4E9", "#0072B2")
 

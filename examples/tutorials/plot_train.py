@@ -88,7 +88,7 @@ def train(model, optimizer, scheduler, samples, steps):
 
 
 def mfac(parameters):
-    return MFAC(parameters, lr=2e-2, window_size=64, momentum=0.9)
+    return MFAC(parameters, lr=2e-2)
 
 
 # %%
@@ -132,8 +132,8 @@ for p, q in zip(run[0].parameters(), resumed[0].parameters(), strict=True):
 # Beside AdamW
 # ------------
 #
-# The same model, batches and schedule. Each has the best rate of those tried for this run: MFAC of
-# 0.01, 0.02 and 0.03, AdamW of 0.001, 0.003, 0.01, 0.02 and 0.03. Here AdamW ends a little lower.
+# The same model, batches and schedule. AdamW has the best rate of those tried for this run, 0.001,
+# 0.003, 0.01, 0.02 and 0.03; MFAC twice its default, as the run is short. It ends a little lower.
 # One run on a network this small shows how a loss goes down and no more; :doc:`../optimisers`
 # compares over seeds and networks, and says where MFAC is ahead and where it is not.
 
@@ -149,7 +149,7 @@ axes.set(xlabel="step", ylabel="training loss, mean of 15 steps")
 axes.legend()
 for name, course in losses.items():
     print(f"{name:5} {np.mean(course[-30:]):.3f} nats a character over the last 30 steps")
-assert np.mean(losses["MFAC"][-30:]) < 0.75 * np.mean(losses["MFAC"][:10])
+assert np.mean(losses["MFAC"][-30:]) < np.mean(losses["AdamW"][-30:])
 
 # %%
 # Clipping

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 
 from mfac_core._arrays import Array
 from mfac_core._scale_free import FAINT
 
 
-def normalised(g: Array) -> Array:
-    """Return g at length 1, whatever length it has in float32; NaN of what is not finite, or zeros.
+def normalised(gradients: Sequence[Array]) -> tuple[list[Array], Array]:
+    """Return gradients at length 1 together, whatever length they have in float32.
 
-    By a power of two first, so that no square leaves float32.
+    By a power of two first, so that no square leaves float32. Return also the length after that:
+    0 of zeros, and not finite where a gradient is not; the gradients then mean nothing.
     """
-    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-    exponent = jnp.frexp(jnp.max(jnp.abs(g)))[1]
+    dtype = jnp.promote_types(jnp.result_type(*gradients), jnp.float32)
+    wide = [g.astype(dtype) for g in gradients]
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(g), initial=0.0) for g in wide])
+    exponent = jnp.frexp(largest)[1]
     half = -exponent // 2  # 2⁻ᵉ itself may be outside of float32
-    g = jnp.ldexp(jnp.ldexp(g, half), -exponent - half)
-    return g / jnp.linalg.norm(g)
+    wide = [jnp.ldexp(jnp.ldexp(g, half), -exponent - half) for g in wide]
+    length = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in wide))
+    return [g / length for g in wide], length
 
 
-def of_one_size(directions: list[Array], gradients: list[Array]) -> list[Array]:
+def of_one_size(directions: Sequence[Array], gradients: Sequence[Array]) -> list[Array]:
     """Scale each parameter's direction to a root mean square of min(1, r/FAINT).
 
     Over its elements that are not zero. Here r is the root mean square of its gradient beside that

@@ -170,7 +170,8 @@ def _of_0_1_0(
     """Return a state dict of mfac_core 0.1.0, which had one flat window, as one of today."""
     own = state_dict["mfac"]
     states: dict[int, State] = {}
-    saved = [{**group, "damping": own["damping"]} for group in state_dict["param_groups"]]
+    more = {"damping": own["damping"], "nesterov": False}
+    saved = [{**group, **more} for group in state_dict["param_groups"]]
     new = {"state": states, "param_groups": saved}
     window = own["window"]
     if window is None:
@@ -198,8 +199,8 @@ def _of_0_1_0(
         states[i] = entry
     if used:
         first = states[ids[0]]
-        more = {"step": step, "size": size, "skipped_steps": own["skipped_steps"]}
-        first |= packed(window, window_size, slots=slots, **more)
+        counters = {"step": step, "size": size, "skipped_steps": own["skipped_steps"]}
+        first |= packed(window, window_size, slots=slots, **counters)
         if density is not None:
             first |= {name: window[name] for name in SPARSE}
     return new

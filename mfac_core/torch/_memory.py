@@ -18,7 +18,15 @@ from mfac_core._operators.sparse import SparseSlidingInverseFisher
 from mfac_core._rows.base import Reduce
 from mfac_core._rows.ring import ArrayRing
 from mfac_core._rows.shared_ring import SharedRing
-from mfac_core.torch._sharding import Sharding, as_pairs, is_dtensor, is_flattened, local
+from mfac_core.torch._sharding import (
+    Sharding,
+    as_pairs,
+    is_dtensor,
+    is_flattened,
+    length_of_units,
+    local,
+)
+from mfac_core.torch._units import Units, UnitWise, shape_of_units
 
 
 class Flat:
@@ -101,11 +109,18 @@ class Memory:
             else:
                 ring = ArrayRing(self.rows, self.sharding.reduce)
             self.window._work_in(ring)
+        self.wide = wide
         self.work = self.vector(wide)
         """The gradient, then the direction of a step: it holds nothing between them."""
         self.velocity: Flat | None = None
+        self.units: UnitWise | None = None
+        """The inverses of the scale-free step; None where the window's own is asked instead."""
+        if self.rows is not None and self.scale_free:
+            self.forget_inverses()
         self.step = torch.zeros((), dtype=torch.int64)
         """How many gradients the window has been given; one number, shared by all states."""
+        self.known_steps = 0
+        """How many of them the window's own Gram was computed after."""
         self.published: list[Tensor | None] = []
         """What the optimizer's state holds of the rows, by parameter."""
 
@@ -118,6 +133,19 @@ class Memory:
         """Return the rows of parameter i, (m, *shape): a view."""
         assert self.rows is not None
         return self.rows[:, self.columns[i]].view(len(self.rows), *self.shapes[i])
+
+    def forget_inverses(self) -> None:
+        """Start anew with the inverses of the units, as for a window of zeros."""
+        m = self.window.window_size
+        units = []
+        for i, p in enumerate(self.params):
+            rows = self.rows_of(i).view(m, *shape_of_units(self.shapes[i]))
+            units.append(Units(rows, self.wide, *length_of_units(p)))
+        self.units = UnitWise(units, self.sharding.cuts)
+
+    def by_unit(self, i: int) -> Tensor:
+        """Return the part of ``work`` that is of parameter i, a row a unit: a view."""
+        return self.work.parts[i].view(shape_of_units(self.shapes[i]))
 
     def squares(self) -> tuple[Tensor, Tensor]:
         """Return ‖·‖² of the parts of ``work``, and of all of it, over all ranks, in float64."""

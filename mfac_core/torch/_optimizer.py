@@ -19,11 +19,18 @@ from mfac_core._rows.base import Reduce
 from mfac_core._scale_free import RIDGE
 from mfac_core._validate import NonFiniteError
 from mfac_core._warn import warn
-from mfac_core.torch import _scale_free, _state
+from mfac_core.torch import _orthogonal, _scale_free, _state
 from mfac_core.torch._gradients import dtype_argument
 from mfac_core.torch._loading import Closed, closed
 from mfac_core.torch._memory import Flat, Memory
-from mfac_core.torch._sharding import as_pairs, is_dtensor, local, local_gradient
+from mfac_core.torch._sharding import (
+    as_pairs,
+    is_dtensor,
+    local,
+    local_gradient,
+    local_vector,
+    whole,
+)
 
 _ATTRIBUTES = (
     *("window_size", "density", "window_dtype", "window_device", "reduce", "skipped_steps"),
@@ -42,8 +49,8 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         Parameters, named ones, or groups of them with an ``lr``, ``momentum``, ``nesterov``,
         ``weight_decay``, ``decoupled_weight_decay`` and ``maximize`` of their own. One window holds
         the gradients of all.
-    lr : float or 0-d torch.Tensor, default 1e-2
-        η, the learning rate. Without ``damping`` it is how far the weights move in a step: the
+    lr : float or 0-d torch.Tensor, default 0.0125
+        η, the learning rate. Without ``damping`` it is how far the weights can move in a step: the
         root mean square over each parameter.
     window_size : int, default 64
         m, the most gradients held: m·d elements of memory for d weights.
@@ -53,8 +60,8 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     momentum : float, default 0.9
         β in [0, 1): the step is −ηv with v ← βv + (1 − β) F⁻¹g, as in the authors' code. It
         averages what torch.optim.SGD sums; η is then larger by 1/(1 − β).
-    nesterov : bool, default False
-        Step along βv + (1 − β) F⁻¹g, with the new v, instead.
+    nesterov : bool, optional
+        Step along βv + (1 − β) F⁻¹g, with the new v, instead; by default in the scale-free form.
     weight_decay : float, default 0.0
         ω: a step also subtracts ηω times the weights.
     decoupled_weight_decay : bool, default True
@@ -90,11 +97,23 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     -----
     **The scale-free step.** The best λ and η of −ηF⁻¹g are tied, and tied to the scale of the
     gradients, which falls by orders in training: where the window has no gradients the step is
-    −ηg/λ. So without ``damping`` the gradients enter the window at length 1, λ is fixed relative to
-    that, and of F⁻¹g only the direction is kept: each parameter's part is brought to a root mean
-    square of 1 over its elements that are not zero. The step does not change when the loss is
-    multiplied by a constant, and η is of the size it is in Adam. As steps do not shrink with the
-    gradients, let a scheduler take η to zero. ``MFAC(params, lr=1e-2)`` is where to start.
+    −ηg/λ. So without ``damping``
+
+    1. F is unit-wise: a block for each unit, a slice along a parameter's first dimension, such as a
+       neuron or a filter; a vector is one unit. Gradients enter a block at length 1, and nλ is 0.6.
+       64 gradients say little of all weights together, and much of those of one neuron.
+    2. Of F⁻¹g only the direction is kept: each parameter's part is brought to a root mean square of
+       1 over its elements that are not zero. Where directions agree from step to step, their mean v
+       keeps this length, and where they are noise it is shorter.
+    3. Parameters of two and more dimensions, as matrices of a row a unit, step along the matrix of
+       v's length whose singular values are about equal: by five Newton–Schulz iterations, as in
+       K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. Elements
+       that are exactly zero stay so.
+
+    The step does not change when the loss is multiplied by a constant, and η is of the size it is
+    in Adam. As steps do not shrink with the gradients, let a scheduler take η to zero.
+    ``MFAC(params)`` is where to start; in runs of a few hundred steps twice the rate may do more.
+    A sparse window has no blocks: 1. is then F of what it keeps.
 
     **Noise is not amplified.** A gradient of zeros changes nothing: neither weights nor momentum
     nor window. In the scale-free step, let r be the root mean square of a parameter's gradient
@@ -113,30 +132,37 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
 
     **State** is where torch looks for it. ``state[p]`` has the parameter's rows of the window as
     "window", of shape (m, ...), a view of the one flat window; its "velocity"; and the number of
-    gradients so far, "step". The first parameter's also has what is m-sized: the Gram GGᵀ and the
-    inverse of the dual, and their counters. What copies, moves, shards or saves a state so finds
-    all of it; without the m-sized part the Gram is computed anew, in d·m². A run that is resumed
-    equals the uninterrupted one bit for bit. A state is by reference, as in all of torch; what is
-    loaded is copied, in the state's own dtype and not the parameters', unless ``window_dtype`` was
-    given.
+    gradients so far, "step". In the scale-free form it also has the inverses of its units'
+    blocks as "unit_inverse", (units, k, k), k the smaller of m and a unit's length: no more numbers
+    than the rows are. In the plain one the first parameter has what is m-sized: the Gram GGᵀ and
+    the inverse of the dual, and their counters. What copies, moves, shards or saves a state so
+    finds all of it; what follows from the rows is computed anew where it lacks, in O(d·m²). A run
+    that is resumed equals the uninterrupted one bit for bit. A state is by reference, as in all of
+    torch; what is loaded is copied, in the state's own dtype and not the parameters', unless
+    ``window_dtype`` was given.
 
     **Complex parameters** count as pairs of real ones, as in torch's own optimisers: the step is
     that of their ``torch.view_as_real``, whose shape, with a last dimension of 2, the state has.
 
     **Number formats.** The step is computed in at least float32, also for 16-bit parameters and
-    windows, and the m × m work in float64.
+    windows; the m × m work of the plain form in float64.
 
     **Several devices, several ranks.** Gradients are gathered on the window's device, steps sent
     back. Under data parallelism every rank holds the averaged gradient already, and all ranks take
     the same step. Of DTensors (``fully_shard``, tensor parallelism) each rank's window holds what
-    the rank has of them; sums of 3P + m + 1 numbers, P parameters, travel over their mesh, and the
-    state is of DTensors. Under ``FullyShardedDataParallel`` the sums are over the default group,
-    unless ``reduce`` is given. Give ``reduce`` where parameters are spread over ranks and do not
-    say so, as under ``torch.distributed.optim.ZeroRedundancyOptimizer``.
+    the rank has of them, and the state is of DTensors. In the plain form sums of 3P + m + 1
+    numbers, P parameters, travel over their mesh; in the scale-free one 3P + 1, up to 2m + 1 for
+    each unit that is cut over ranks, which those of a matrix cut by its first dimension are not,
+    and each matrix's direction, which every rank gathers. Under ``FullyShardedDataParallel`` the
+    sums are over the default group, unless ``reduce`` is given, and its flat parameters count as
+    vectors. Give ``reduce`` where parameters are spread over ranks and do not say so, as under
+    ``torch.distributed.optim.ZeroRedundancyOptimizer``.
 
     **Compiling.** ``step`` stays out of the graphs of ``torch.compile``.
 
-    **Cost.** That of the window, O(dm + m²), and a few passes over d elements.
+    **Cost.** Two passes over the window, O(dm), and a few over d elements. In the plain form O(m²)
+    besides; in the scale-free one two passes over the units' inverses, and for a matrix r × c,
+    r ≤ c, some 30 r²c operations for its singular values.
 
     The method is that of E. Frantar, E. Kurtic, D. Alistarh, "M-FAC: Efficient Matrix-Free
     Approximations of Second-Order Information", NeurIPS 2021, arXiv 2107.03356.
@@ -163,12 +189,12 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor = 0.0125,
         *,
         window_size: int = 64,
         damping: float | None = None,
         momentum: float = 0.9,
-        nesterov: bool = False,
+        nesterov: bool | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
@@ -200,6 +226,8 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                 raise ValueError(f"Invalid {name}: {value}")
         if nesterov and not momentum:
             raise ValueError("nesterov needs a momentum above 0")
+        if nesterov is None:
+            nesterov = damping is None
         self.window_size, self.density = window_size, density
         self.window_dtype, self.window_device = window_dtype, window_device
         self.reduce = reduce
@@ -269,8 +297,12 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
 
     @property
     def window(self) -> SlidingInverseFisher[Tensor] | None:
-        """The gradients and their inverse Fisher; None before the first step."""
-        return self._arranged().window if self.state else None
+        """The gradients and their inverse Fisher; None before the first step.
+
+        In the scale-free form its Gram, that of all weights together, is computed at the first look
+        after a step, in O(d·m²).
+        """
+        return _state.up_to_date(self._arranged()) if self.state else None
 
     def __repr__(self) -> str:
         own = f"    window_size: {self.window_size}\n"
@@ -333,7 +365,10 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                 raise NonFiniteError
             if memory.scale_free:
                 _scale_free.normalise(memory.work.vector, math.sqrt(total))
-                self._precondition(memory)
+                if memory.units is None:
+                    self._precondition(memory)
+                else:
+                    _scale_free.precondition(memory, int(memory.step) % self.window_size)
                 prominence = _scale_free.prominence(memory, squares, float(total))
                 _scale_free.bring_to_size(memory, prominence)
                 given = _without(given, [i for i, x in enumerate(prominence.tolist()) if not x])
@@ -404,7 +439,10 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
         self.skipped_steps += 1
 
     def _move(self, memory: Memory, given: Any) -> None:
-        """Take a step along the direction, or along its running mean."""
+        """Take a step along the direction, or along its running mean.
+
+        In the scale-free form matrices step as far in each of their singular directions.
+        """
         device = memory.work.vector.device
         for group, parameters, numbers in given:
             parts = [memory.work.parts[i] for i in numbers]
@@ -417,6 +455,9 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                 if group["nesterov"]:
                     torch._foreach_lerp_(directions, parts, momentum)
                     parts = directions
+            if memory.scale_free:
+                pairs = zip(parts, parameters, strict=True)
+                parts = [_evened(part, p) if p.ndim > 1 else part for part, p in pairs]
             lr = float(group["lr"])
             weights = [as_pairs(local(p)) for p in parameters]
             if group["weight_decay"] and group["decoupled_weight_decay"]:
@@ -543,6 +584,11 @@ def _check_numbers(arguments: dict[str, Any], *, or_none: bool = False) -> None:
         one = isinstance(value, torch.Tensor) and value.numel() == 1
         if not (one or isinstance(value, Real) or (or_none and value is None)):
             raise TypeError(f"{name} must be a number{' or None' * or_none}, got {value!r}")
+
+
+def _evened(part: Tensor, p: Tensor) -> Tensor:
+    """Return a matrix's step, or this rank's part, with singular values that are equal."""
+    return local_vector(_orthogonal.evened(whole(part, p)), p)
 
 
 def _without(given: Any, still: list[int]) -> Any:

@@ -24,6 +24,14 @@ def normalise(g: Tensor, length: float) -> None:
     g.div_(length)
 
 
+def precondition(memory: Memory, slot: int) -> None:
+    """Put the gradient into a row of the window, and its direction F⁻¹g in its place."""
+    assert memory.units is not None
+    parts = [memory.by_unit(i) for i in range(len(memory.params))]
+    for part, y in zip(parts, memory.units.exchange(slot, parts), strict=True):
+        part.copy_(y)
+
+
 def prominence(memory: Memory, squares: Tensor, total: float) -> Tensor:
     """Return min(1, r/FAINT) for each parameter, r its gradient's rms beside the whole's."""
     sizes = squares.new_tensor(memory.sizes).clamp_min(1.0)

@@ -49,6 +49,11 @@ def local_gradient(p: Tensor) -> Tensor:
     return g
 
 
+def whole(part: Tensor, p: Tensor) -> Tensor:
+    """Return all of what this rank has a part of, as it does of p."""
+    return vector_like(part, p).full_tensor() if is_dtensor(p) else part
+
+
 def rows_like(rows: Tensor, p: Tensor) -> Tensor:
     """Return rows of this rank's elements, (m, ...), as rows of p: a DTensor where p is one."""
     if not is_dtensor(p):
@@ -61,20 +66,56 @@ def vector_like(part: Tensor, p: Tensor) -> Tensor:
     return _global(part, p, tuple(p.shape), p.placements) if is_dtensor(p) else part
 
 
+def units_like(inverse: Tensor, p: Tensor) -> Tensor:
+    """Return this rank's units' inverses, (u, k, k), as those of p: a DTensor where p is one."""
+    if not is_dtensor(p):
+        return inverse
+    shape = (p.shape[0] if p.ndim > 1 else 1, *inverse.shape[1:])
+    return _global(inverse, p, shape, _of_units(p))
+
+
+def local_units(inverse: Tensor, p: Tensor) -> Tensor:
+    """Return this rank's units of the inverses of p, however these are spread."""
+    return _local_of(inverse, p, _of_units(p) if is_dtensor(p) else [])
+
+
+def length_of_units(p: Tensor) -> tuple[int | None, Tensor | None]:
+    """Return the length of p's units on all ranks, if it is known, and which elements are here."""
+    if is_flattened(p):
+        return None, None
+    shape = as_pairs(p).shape if p.is_complex() else p.shape
+    rest = shape[1:] if len(shape) > 1 else shape
+    if not is_dtensor(p) or not _groups(p, None, of_units=True):
+        return rest.numel(), None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    here, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    slices = [slice(a, a + n) for a, n in zip(offset, here, strict=True)][-len(rest) :]
+    numbers = torch.arange(rest.numel(), device=local(p).device).view(rest)
+    return rest.numel(), numbers[tuple(slices)].flatten()
+
+
+def _of_units(p: Tensor) -> list[Any]:
+    """Return the placements of what p has one of for each unit."""
+    from torch.distributed.tensor import Replicate
+
+    whole = [x.is_replicate() or x.dim != 0 or p.ndim < 2 for x in p.placements]
+    return [Replicate() if w else x for w, x in zip(whole, p.placements, strict=True)]
+
+
 def local_rows(rows: Tensor, p: Tensor) -> Tensor:
     """Return this rank's elements of rows of p, however these are spread."""
-    return _local_of(rows, p, 1)
+    return _local_of(rows, p, [_behind(x) for x in p.placements] if is_dtensor(p) else [])
 
 
 def local_vector(x: Tensor, p: Tensor) -> Tensor:
     """Return this rank's elements of a vector like p, however it is spread."""
-    return _local_of(x, p, 0)
+    return _local_of(x, p, list(p.placements) if is_dtensor(p) else [])
 
 
-def _local_of(x: Tensor, p: Tensor, rows: int) -> Tensor:
+def _local_of(x: Tensor, p: Tensor, placements: list[Any]) -> Tensor:
     if not is_dtensor(p):
         return x.full_tensor() if is_dtensor(x) else x
-    placements = [_behind(y) for y in p.placements] if rows else list(p.placements)
     if is_dtensor(x):
         if x.device_mesh != p.device_mesh or list(x.placements) != placements:
             x = x.redistribute(p.device_mesh, placements)
@@ -132,6 +173,8 @@ class Sharding:
             (local(p).device for p, groups in zip(params, owned, strict=True) if groups), None
         )
         self._flattened = [reduce is not None and is_flattened(p) for p in params]
+        self.cuts = self._find_cuts(params)
+        """Numbers of the parameters whose units are cut over the same ranks, and the sum there."""
 
     @property
     def alone(self) -> bool:
@@ -147,6 +190,28 @@ class Sharding:
     def reduce(self) -> Reduce | None:
         """Sum of an array over all ranks that have columns of the window."""
         return None if self.alone else self._sum_array
+
+    def _find_cuts(self, params: Sequence[Tensor]) -> list[tuple[list[int], Any]]:
+        numbers: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        for i, p in enumerate(params):
+            ranks = tuple(_groups(p, self._reduce, of_units=True))
+            if ranks or self._flattened[i]:
+                numbers.setdefault(ranks, []).append(i)
+        return [(cut, self._sum_over(ranks)) for ranks, cut in numbers.items()]
+
+    def _sum_over(self, ranks: tuple[tuple[int, ...], ...]) -> Any:
+        def total(x: Tensor) -> Tensor:
+            there = x.to(self._device)
+            for some in ranks:
+                dist.all_reduce(there, group=self._groups[some])
+            return there.to(x.device)
+
+        def by_reduce(x: Tensor) -> Tensor:
+            assert self._reduce is not None
+            found = self._reduce(np.array(x.double().cpu().numpy()))
+            return torch.from_numpy(np.asarray(found)).to(x)
+
+        return total if ranks else by_reduce
 
     def _sum_array(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if self._groups:
@@ -181,8 +246,10 @@ class Sharding:
         return x, found.sum(dim=1)
 
 
-def _groups(p: Tensor, reduce: Reduce | None) -> dict[tuple[int, ...], Any]:
-    """Return the process groups over which p is cut, by their ranks."""
+def _groups(
+    p: Tensor, reduce: Reduce | None, *, of_units: bool = False
+) -> dict[tuple[int, ...], Any]:
+    """Return the process groups over which p is cut, or its units are, by their ranks."""
     groups: list[Any] = []
     if is_dtensor(p):
         if any(x.is_partial() for x in p.placements):
@@ -190,6 +257,8 @@ def _groups(p: Tensor, reduce: Reduce | None) -> dict[tuple[int, ...], Any]:
             raise NotImplementedError(msg)
         mesh = p.device_mesh
         cut = [i for i, x in enumerate(p.placements) if not x.is_replicate() and mesh.size(i) > 1]
+        if of_units and p.ndim > 1:
+            cut = [i for i in cut if p.placements[i].dim != 0]
         groups = [mesh.get_group(i) for i in cut]
     elif is_flattened(p) and reduce is None and dist.get_world_size() > 1:
         groups = [dist.group.WORLD]

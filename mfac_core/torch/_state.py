@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from mfac_core._operators import state as window_state
+from mfac_core._operators.sliding import SlidingInverseFisher
 from mfac_core.torch._memory import Memory
 from mfac_core.torch._sharding import (
     is_flattened,
     local_rows,
+    local_units,
     local_vector,
     rows_like,
+    units_like,
     vector_like,
 )
 
@@ -46,6 +49,8 @@ def publish(memory: Memory, state: Any) -> None:
                 entry |= {f"gradient_{j}": row for j, row in enumerate(rows)}
             else:
                 entry["window"] = rows_like(rows, p)
+                if memory.units is not None:
+                    entry["unit_inverse"] = units_like(memory.units.units[i].inverse, p)
         state[p] = entry
         memory.published.append(entry.get("window"))
     publish_velocity(memory, state)
@@ -91,6 +96,8 @@ def _keeper(memory: Memory) -> list[Tensor]:
 def _numbers(memory: Memory, skipped_steps: int) -> State:
     """Return what is m-sized, in shapes that do not change as the window fills."""
     window = memory.window
+    if memory.units is not None:
+        return {"skipped_steps": torch.tensor(skipped_steps)}
     numbers = window._do(window_state.numbers, window)
     return packed(
         numbers,
@@ -181,6 +188,10 @@ def fill(memory: Memory, states: Mapping[Tensor, State]) -> int | None:
     ranks, total = rows.summed_numbers(float(bool(steps)), float(max(steps, default=0)))
     memory.step.fill_(round(total / ranks) if ranks else 0)
     step = int(memory.step)
+    if memory.units is not None:
+        _fill_units(memory, states, same_dtype)
+        entries = [states[p] for p in memory.params if p in states]
+        return next((n for n in map(_skipped_steps, entries) if n is not None), None)
     entry = next((states[p] for p in memory.params if "counters" in states.get(p, {})), None)
     counters = counters_of(entry) if entry is not None else {}
     fits = same_dtype and counters.get("step") == step and counters.get("size") == int(size)
@@ -206,6 +217,41 @@ def fill(memory: Memory, states: Mapping[Tensor, State]) -> int | None:
     }
     window_state.restore(window, numbers, slots)
     return counters["skipped_steps"]
+
+
+def _fill_units(memory: Memory, states: Mapping[Tensor, State], same_dtype: bool) -> None:
+    """Take up the inverses of the units, or compute them from the rows where one lacks."""
+    assert memory.units is not None
+    step, m = int(memory.step), memory.window.window_size
+    saved: list[Tensor | None] = []
+    fits = same_dtype
+    for p, units in zip(memory.params, memory.units.units, strict=True):
+        inverse = states[p].get("unit_inverse") if p in states else units.inverse
+        if inverse is not None and p in states:
+            right = tuple(inverse.shape[1:]) == tuple(units.inverse.shape[1:])
+            inverse = local_units(inverse, p) if right else None
+        fits &= inverse is not None
+        saved.append(inverse)
+    slots = slots_after(step, m)
+    if memory.window._rows.anywhere(not fits):
+        memory.units.replay(slots)
+    else:
+        memory.units.restore([x for x in saved if x is not None], slots)
+
+
+def _skipped_steps(entry: State) -> int | None:
+    if "skipped_steps" in entry:
+        return int(entry["skipped_steps"])
+    return counters_of(entry)["skipped_steps"] if "counters" in entry else None
+
+
+def up_to_date(memory: Memory) -> SlidingInverseFisher[Tensor]:
+    """Return the window, which the scale-free step writes to without its knowledge."""
+    step, m = int(memory.step), memory.window.window_size
+    if memory.units is not None and memory.known_steps != step:
+        window_state.recompute(memory.window, min(step, m), slots_after(step, m))
+        memory.known_steps = step
+    return memory.window
 
 
 def slots_after(step: int, m: int) -> list[int]:

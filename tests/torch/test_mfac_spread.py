@@ -53,11 +53,14 @@ def test_fsdp2_takes_the_steps_of_one_process(two):
     assert first == (4, 4, 5)
 
 
-def test_traffic_does_not_grow_with_the_weights(two):
-    """Eight bytes for each of: three a parameter, the Gram's row, the gradient's norm."""
+def test_sums_do_not_grow_with_the_weights(two):
+    """Eight bytes at most for each of: three a parameter, the whole's norm, and 2m + 1 a vector.
+
+    Of a vector that is cut: its norm, and products or two rows; units of matrices are whole.
+    """
     for found in two["fsdp2"]:
         for sent in found["bytes"]:
-            assert sent <= 8 * (3 * 6 + 4 + 1)
+            assert sent <= 8 * (3 * 6 + 1 + 4 * (2 * 4 + 1))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -265,21 +265,23 @@ def optimizer_step(
     gradients = itertools.cycle(torch.from_numpy(unit_rows(rng, m, d)))
     g = torch.zeros(d)
     for name, damping in (("MFAC.step", 1e-3), ("MFAC.step, scale-free", None)):
-        parameters = [torch.nn.Parameter(torch.zeros(size)) for _ in range(tensors)]
+        parameters = [torch.nn.Parameter(torch.zeros(15, size // 15)) for _ in range(tensors)]
         for p, piece in zip(parameters, g.split(size), strict=True):
-            p.grad = piece
+            p.grad = piece.view(p.shape)
         optimizer = MFAC(parameters, window_size=m, damping=damping, momentum=0.9)
 
         def step(optimizer: MFAC = optimizer) -> None:
             g.copy_(next(gradients))
             optimizer.step()
 
-        def append(optimizer: MFAC = optimizer) -> None:
-            g.copy_(next(gradients))
-            optimizer.window.append_matvec(g)
-
         for _ in range(m):
             step()
+        window = optimizer.window
+
+        def append(window: mfac.SlidingInverseFisher = window) -> None:
+            g.copy_(next(gradients))
+            window.append_matvec(g)
+
         step_s, append_s = medians(step, append, repeats=repeats)
         what = f"{name}, m {m}, d {d:,}"
         rows.append([what, "append_matvec of its window", f"{step_s / append_s:.2f} × the time"])

@@ -34,8 +34,13 @@ def select(records: Sequence[dict], value: str, **where: object) -> list[float]:
 
 def spread(values: Sequence[float]) -> str:
     """Write the mean over seeds, with the range in brackets."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
+    mean = number(float(np.mean(values)))
+    return mean if len(values) == 1 else f"{mean} ({number(min(values))}–{number(max(values))})"
+
+
+def number(x: float) -> str:
+    """Write a number to three places, or to one digit where these would be zeros."""
+    return f"{x:.3f}" if abs(x) >= 0.0005 or not x else f"{x:.0e}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

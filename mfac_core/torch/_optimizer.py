@@ -19,18 +19,11 @@ from mfac_core._rows.base import Reduce
 from mfac_core._scale_free import RIDGE
 from mfac_core._validate import NonFiniteError
 from mfac_core._warn import warn
-from mfac_core.torch import _orthogonal, _scale_free, _state
+from mfac_core.torch import _scale_free, _state
 from mfac_core.torch._gradients import dtype_argument
 from mfac_core.torch._loading import Closed, closed
 from mfac_core.torch._memory import Flat, Memory
-from mfac_core.torch._sharding import (
-    as_pairs,
-    is_dtensor,
-    local,
-    local_gradient,
-    local_vector,
-    whole,
-)
+from mfac_core.torch._sharding import as_pairs, is_dtensor, local, local_gradient
 
 _ATTRIBUTES = (
     *("window_size", "density", "window_dtype", "window_device", "reduce", "skipped_steps"),
@@ -456,8 +449,7 @@ class MFAC(torch.optim.Optimizer):  # type: ignore[misc]
                     torch._foreach_lerp_(directions, parts, momentum)
                     parts = directions
             if memory.scale_free:
-                pairs = zip(parts, parameters, strict=True)
-                parts = [_evened(part, p) if p.ndim > 1 else part for part, p in pairs]
+                parts = _scale_free.even_matrices(parts, parameters)
             lr = float(group["lr"])
             weights = [as_pairs(local(p)) for p in parameters]
             if group["weight_decay"] and group["decoupled_weight_decay"]:
@@ -584,11 +576,6 @@ def _check_numbers(arguments: dict[str, Any], *, or_none: bool = False) -> None:
         one = isinstance(value, torch.Tensor) and value.numel() == 1
         if not (one or isinstance(value, Real) or (or_none and value is None)):
             raise TypeError(f"{name} must be a number{' or None' * or_none}, got {value!r}")
-
-
-def _evened(part: Tensor, p: Tensor) -> Tensor:
-    """Return a matrix's step, or this rank's part, with singular values that are equal."""
-    return local_vector(_orthogonal.evened(whole(part, p)), p)
 
 
 def _without(given: Any, still: list[int]) -> Any:

@@ -1,14 +1,17 @@
-"""The scale-free step: gradients of length 1 in, steps of one size out."""
+"""The scale-free step: gradients of length 1 in, steps of one size and even ones out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mfac_core._scale_free import FAINT
 from mfac_core.torch._memory import Memory
+from mfac_core.torch._orthogonal import evened
+from mfac_core.torch._sharding import local_vector, whole
 
 LARGEST_EXPONENT = 100
 """Of a length that numbers in float32 can be divided by without leaving it."""
@@ -48,3 +51,9 @@ def bring_to_size(memory: Memory, sizes: Tensor) -> None:
     dtype = memory.work.vector.dtype
     scales = scales.clamp_max(torch.finfo(dtype).max).to(dtype)
     torch._foreach_mul_(memory.work.parts, scales.unbind())
+
+
+def even_matrices(parts: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """Return parameters' steps, this rank's parts of them, with matrices' singular values equal."""
+    pairs = zip(parts, params, strict=True)
+    return [local_vector(evened(whole(x, p)), p) if p.ndim > 1 else x for x, p in pairs]

@@ -25,10 +25,11 @@ def test_training_with_optax(tmp_path, capsys):
         ["--quick", "--output", str(tmp_path / "results" / "table.md")]
     )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:5]] == [
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
         "| SGD, momentum",
         "| Adam",
-        "| M-FAC, momentum",
+        "| M-FAC",
+        "| M-FAC, plain",
     ]
     assert (tmp_path / "results" / "table.md").read_text().splitlines() == lines
 
@@ -74,6 +75,14 @@ def test_training(name, tmp_path, monkeypatch):
         after = json.loads((tmp_path / "train-digits.json").read_text())["records"]
         assert [r["method"] for r in after] == [r["method"] for r in before]
     assert "<svg" in (tmp_path / f"{table}.svg").read_text()
+
+
+def test_steps_of_optimizers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "experiments")
+    load("benchmarks/optimizer_steps.py").main(["--quick", "--output", str(tmp_path)])
+    _, _, *rows = (tmp_path / "optimizer-steps.md").read_text().splitlines()
+    assert len(rows) % 4 == 0
+    assert len([row for row in rows if "| M-FAC |" in row]) == 4
 
 
 def bytes_of(state):

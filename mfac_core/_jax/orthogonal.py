@@ -14,7 +14,8 @@ from mfac_core._scale_free import NEWTON_SCHULZ
 def evened(x: Array) -> Array:
     """Return x with its singular values made about equal, at the length that x has.
 
-    Elements that are exactly zero stay so.
+    Elements that are exactly zero stay so; those that are far below rounding beside the whole
+    become so.
 
     Parameters
     ----------
@@ -25,6 +26,7 @@ def evened(x: Array) -> Array:
         return x
     whole = x.reshape(x.shape[0], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
     y, largest, length = _at_length_one(whole)
+    y = jnp.where(jnp.abs(y) > jnp.finfo(y.dtype).tiny ** 0.25, y, 0.0)  # as in PyTorch
     is_tall = y.shape[0] > y.shape[1]
     y = y.T if is_tall else y
 

@@ -11,7 +11,7 @@ import torch
 from conftest import numpy64, relative_error
 from torch.nn.functional import cross_entropy, triplet_margin_loss
 
-from mfac_core.torch import MFAC
+from mfac_core.torch import MFAC, _orthogonal
 
 FAINT = 2.0**-12  # of the docstring
 RIDGE = 0.6
@@ -117,6 +117,27 @@ def test_units_shorter_and_longer_than_the_window(rng, m, dtype, window_dtype):
         state = optimizer.state[p]
         units, c = (p.shape[0], p.numel() // p.shape[0]) if p.ndim > 1 else (1, p.numel())
         assert state["unit_inverse"].shape == (units, min(m, c), min(m, c))
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3), (1, 5), (5, 1), (4, 3, 2)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_steps_of_matrices_are_even(rng, shape, size):
+    """The plain recursion; a row that is dead to 1e-25 of the others stays, without subnormals."""
+    x = size * rng.standard_normal(shape)
+    expected = evened(x.reshape(shape[0], -1)).reshape(shape)
+    found = _orthogonal.evened(torch.from_numpy(x.astype(np.float32)))
+    assert relative_error(found, expected) <= 1e-5
+    values = np.linalg.svd(numpy64(found).reshape(shape[0], -1), compute_uv=False)
+    assert values.max() <= 2.5 * values.min()
+    if shape[0] > 1:
+        x[0] = 0.0
+        expected = evened(x.reshape(shape[0], -1)).reshape(shape)
+        x[0] = 1e-25 * size
+        found = _orthogonal.evened(torch.from_numpy(x))
+        assert relative_error(found, expected) <= 1e-12
+        found = _orthogonal.evened(torch.from_numpy(x.astype(np.float32)))
+        assert not found[0].any()
+        assert relative_error(found, expected) <= 1e-5
 
 
 def test_inverses_do_not_drift(rng):

@@ -1,4 +1,4 @@
-"""Real images within reach: scikit-learn's digits, and Fashion-MNIST from its four IDX files.
+"""Real images within reach: scikit-learn's digits, Fashion-MNIST and CIFAR-10 from their files.
 
 Each function returns torch tensors ``x_train, y_train, x_test, y_test``.
 """
@@ -68,6 +68,40 @@ def fashion_mnist(folder: str | Path | None = None) -> Split:
     images = (np.float32((x - mean) / deviation)[:, None] for x in (x_train, x_test))
     x_train, x_test = (torch.from_numpy(x) for x in images)
     return x_train, torch.from_numpy(y_train).long(), x_test, torch.from_numpy(y_test).long()
+
+
+def cifar10(folder: str | Path) -> Split:
+    """Read CIFAR-10: 50,000 colour images to train on and 10,000 to test.
+
+    Parameters
+    ----------
+    folder : path
+        Holds the six files of the binary version, ``data_batch_1.bin`` to 5 and ``test_batch.bin``.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        x_train (50000, 3, 32, 32) and x_test (10000, 3, 32, 32), float32, of mean 0 and standard
+        deviation 1 over all training pixels. y_train (50000,) and y_test (10000,), int64: 0 to 9.
+    """
+
+    def records(*names: str) -> np.ndarray:
+        files = [np.fromfile(Path(folder) / f"{name}.bin", np.uint8) for name in names]
+        return np.concatenate(files).reshape(-1, 1 + 3 * 32 * 32)
+
+    train, test = records(*(f"data_batch_{i}" for i in range(1, 6))), records("test_batch")
+    mean, deviation = train[:, 1:].mean(), train[:, 1:].std()
+    x_train, x_test = (
+        torch.from_numpy(np.float32((part[:, 1:] - mean) / deviation)).view(-1, 3, 32, 32)
+        for part in (train, test)
+    )
+    y_train, y_test = (torch.from_numpy(part[:, 0].astype(np.int64)) for part in (train, test))
+    return x_train, y_train, x_test, y_test
+
+
+def is_cifar10(folder: str | Path | None) -> bool:
+    """Whether a folder holds CIFAR-10's files."""
+    return folder is not None and (Path(folder) / "test_batch.bin").exists()
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:

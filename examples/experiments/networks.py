@@ -64,11 +64,11 @@ class Residual(nn.Module):
         return torch.relu(self.body(x) + self.past(x))
 
 
-def resnet(width: int = 24) -> nn.Module:
+def resnet(width: int = 24, channels: int = 1) -> nn.Module:
     """Return a residual network with batch normalisation for 28 × 28; 214,296 weights at 24."""
     a, b, c = width, 2 * width, 4 * width
     return nn.Sequential(
-        nn.Conv2d(1, a, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(channels, a, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(a),
         nn.ReLU(),
         Residual(a, a, 1),

@@ -77,6 +77,27 @@ def test_training(name, tmp_path, monkeypatch):
     assert "<svg" in (tmp_path / f"{table}.svg").read_text()
 
 
+def test_cifar10_is_read(tmp_path, monkeypatch, rng):
+    """A label and the planes of three colours a record, in the files of the binary version."""
+    monkeypatch.syspath_prepend(EXAMPLES / "experiments")
+    records = rng.integers(256, size=(6, 4, 3073), dtype=np.uint8)
+    records[:, :, 0] %= 10
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for name, part in zip(names, records, strict=True):
+        part.tofile(tmp_path / f"{name}.bin")
+    x, y, x_test, y_test = load("experiments/data.py").cifar10(tmp_path)
+    assert (x.shape, x_test.shape) == ((20, 3, 32, 32), (4, 3, 32, 32))
+    assert y.tolist() == records[:5, :, 0].ravel().tolist()
+    assert y_test.tolist() == records[5, :, 0].tolist()
+    pixels = records[:5, :, 1:]
+    green = (pixels[1, 2, 1024 + 32 * 3 + 5] - pixels.mean()) / pixels.std()
+    assert x[6, 1, 3, 5].item() == pytest.approx(green, rel=1e-5)
+    task = load("experiments/train_resnet.py").resnet_task(str(tmp_path))
+    assert task.title.startswith("20 images of CIFAR-10")
+    some, _ = task.batch(torch.Generator().manual_seed(0))
+    assert task.model()(some).shape == (64, 10)
+
+
 def test_steps_of_optimizers(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "experiments")
     load("benchmarks/optimizer_steps.py").main(["--quick", "--output", str(tmp_path)])

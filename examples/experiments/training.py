@@ -143,10 +143,11 @@ def compare(
     short = replace(task, steps=task.tuning_steps or task.steps)
     for name in methods:
         make, rates = OPTIMIZERS[name]
-        tuning = [
-            run(short, make, lr, TUNING_SEED) for lr in track(rates[:rates_tried], f"tuning {name}")
-        ]
-        best = min(tuning, key=lambda record: record["loss"])["rate"]
+        tried = rates[:rates_tried]
+        best = tried[0]
+        if len(tried) > 1:
+            tuning = [run(short, make, lr, TUNING_SEED) for lr in track(tried, f"tuning {name}")]
+            best = min(tuning, key=lambda record: record["loss"])["rate"]
         chosen = [run(task, make, best, seed) for seed in track(seeds, name)]
         yield [{"method": name, **record} for record in chosen]
         if "M-FAC" in name:

@@ -12,7 +12,6 @@ errors of rounding do not grow: each row that is exchanged takes its own along.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mfac_core._arrays import Array
-from mfac_core._scale_free import RIDGE
+from mfac_core._scale_free import RIDGE, shape_of_units
 
 
 class State(NamedTuple):
@@ -64,19 +63,19 @@ def init(shapes: Any, window_size: int, dtype: Any) -> State:
     m, wide = window_size, jnp.promote_types(dtype, jnp.float32)
 
     def inverse(x: Any) -> Array:
-        u, c = _units(x.shape)
+        u, c = shape_of_units(x.shape)
         k = min(c, m)
         return jnp.broadcast_to(jnp.eye(k, dtype=wide) / RIDGE, (u, k, k))
 
     def rows(x: Any) -> Array:
-        u, c = _units(x.shape)
+        u, c = shape_of_units(x.shape)
         return jnp.zeros((u, m, c), dtype)
 
     return State(
         jnp.zeros((), jnp.int32),
         gradients=jax.tree.map(rows, shapes),
         inverses=jax.tree.map(inverse, shapes),
-        scales=jax.tree.map(lambda x: jnp.zeros((_units(x.shape)[0], m), wide), shapes),
+        scales=jax.tree.map(lambda x: jnp.zeros((shape_of_units(x.shape)[0], m), wide), shapes),
     )
 
 
@@ -165,14 +164,6 @@ def _by_itself(inverse: Array, old: Array, new: Array) -> tuple[Array, Array]:
     y = h / added
     h = h / jnp.sqrt(added)
     return inverse + (_outer(q, q) - _outer(h, h)), y
-
-
-def _units(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return how many units a parameter of this shape has, and their length."""
-    size = math.prod(shape)
-    if len(shape) < 2:
-        return 1, size
-    return shape[0], size // shape[0] if shape[0] else 0
 
 
 def _lengths(x: Array) -> Array:

@@ -18,6 +18,7 @@ from mfac_core._operators.sparse import SparseSlidingInverseFisher
 from mfac_core._rows.base import Reduce
 from mfac_core._rows.ring import ArrayRing
 from mfac_core._rows.shared_ring import SharedRing
+from mfac_core._scale_free import shape_of_units
 from mfac_core.torch._sharding import (
     Sharding,
     as_pairs,
@@ -26,7 +27,7 @@ from mfac_core.torch._sharding import (
     length_of_units,
     local,
 )
-from mfac_core.torch._units import Units, UnitWise, shape_of_units
+from mfac_core.torch._units import Units, UnitWise
 
 
 class Flat:
@@ -116,7 +117,7 @@ class Memory:
         self.units: UnitWise | None = None
         """The inverses of the scale-free step; None where the window's own is asked instead."""
         if self.rows is not None and self.scale_free:
-            self.forget_inverses()
+            self.units = self._unit_wise()
         self.step = torch.zeros((), dtype=torch.int64)
         """How many gradients the window has been given; one number, shared by all states."""
         self.known_steps = 0
@@ -134,14 +135,14 @@ class Memory:
         assert self.rows is not None
         return self.rows[:, self.columns[i]].view(len(self.rows), *self.shapes[i])
 
-    def forget_inverses(self) -> None:
-        """Start anew with the inverses of the units, as for a window of zeros."""
+    def _unit_wise(self) -> UnitWise:
+        """Return the inverses of the units of an empty window."""
         m = self.window.window_size
         units = []
         for i, p in enumerate(self.params):
             rows = self.rows_of(i).view(m, *shape_of_units(self.shapes[i]))
             units.append(Units(rows, self.wide, *length_of_units(p)))
-        self.units = UnitWise(units, self.sharding.cuts)
+        return UnitWise(units, self.sharding.cuts)
 
     def by_unit(self, i: int) -> Tensor:
         """Return the part of ``work`` that is of parameter i, a row a unit: a view."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mfac_core._operators.guard import uninterrupted
 from mfac_core._scale_free import FAINT
 from mfac_core.torch._memory import Memory
 from mfac_core.torch._orthogonal import evened
@@ -31,7 +33,10 @@ def precondition(memory: Memory, slot: int) -> None:
     """Put the gradient into a row of the window, and its direction F⁻¹g in its place."""
     assert memory.units is not None
     parts = [memory.by_unit(i) for i in range(len(memory.params))]
-    for part, y in zip(parts, memory.units.exchange(slot, parts), strict=True):
+    # A row and its inverses change together; but ranks that wait must be free to be stopped.
+    with uninterrupted() if memory.sharding.alone else contextlib.nullcontext():
+        directions = memory.units.exchange(slot, parts)
+    for part, y in zip(parts, directions, strict=True):
         part.copy_(y)
 
 

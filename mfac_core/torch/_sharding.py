@@ -6,6 +6,7 @@ one process.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -200,29 +201,23 @@ class Sharding:
         return [(cut, self._sum_over(ranks)) for ranks, cut in numbers.items()]
 
     def _sum_over(self, ranks: tuple[tuple[int, ...], ...]) -> Any:
-        def total(x: Tensor) -> Tensor:
-            there = x.to(self._device)
-            for some in ranks:
-                dist.all_reduce(there, group=self._groups[some])
-            return there.to(x.device)
-
         def by_reduce(x: Tensor) -> Tensor:
             assert self._reduce is not None
             found = self._reduce(np.array(x.double().cpu().numpy()))
             return torch.from_numpy(np.asarray(found)).to(x)
 
-        return total if ranks else by_reduce
+        return functools.partial(self._sum, over=ranks) if ranks else by_reduce
 
     def _sum_array(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if self._groups:
             x = self._sum(torch.from_numpy(x)).numpy()
         return x if self._reduce is None else np.asarray(self._reduce(x))
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """Sum over the dimensions of the meshes, one after the other."""
+    def _sum(self, x: Tensor, over: Sequence[tuple[int, ...]] | None = None) -> Tensor:
+        """Sum over the dimensions of the meshes, or some of them, one after the other."""
         there = x.to(self._device)
-        for group in self._groups.values():
-            dist.all_reduce(there, group=group)
+        for ranks in self._groups if over is None else over:
+            dist.all_reduce(there, group=self._groups[ranks])
         return there.to(x.device)
 
     def sums(self, x: Tensor) -> Tensor:

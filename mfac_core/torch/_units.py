@@ -202,11 +202,5 @@ class UnitWise:
         return parts
 
 
-def shape_of_units(shape: Sequence[int]) -> tuple[int, int]:
-    """Return how many units a parameter of this shape has, and their length."""
-    units, *rest = shape if len(shape) > 1 else (1, *shape)
-    return units, torch.Size(rest).numel()
-
-
 def _times(a: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(x[:, None, :], a)[:, 0]  # each is symmetric

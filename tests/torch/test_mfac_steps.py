@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import signal
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from conftest import numpy64, relative_error
 from torch.nn.functional import cross_entropy, triplet_margin_loss
 
-from mfac_core.torch import MFAC, _orthogonal
+from mfac_core.torch import MFAC, _orthogonal, _units
 
 FAINT = 2.0**-12  # of the docstring
 RIDGE = 0.6
@@ -140,6 +141,35 @@ def test_steps_of_matrices_are_even(rng, shape, size):
         assert relative_error(found, expected) <= 1e-5
 
 
+def test_an_interrupt_leaves_rows_and_inverses_that_fit(rng, monkeypatch):
+    """Ctrl-C when the row has been written and the inverses do not know of it yet."""
+    p, q = parameters((2, 9), (3, 2))
+    optimizer = MFAC([p, q], window_size=4)
+
+    def step():
+        p.grad, q.grad = torch.randn(2, 9), torch.randn(3, 2)
+        optimizer.step()
+
+    for _ in range(6):
+        step()
+    direction = _units.Units.direction
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return direction(*arguments)
+
+    monkeypatch.setattr(_units.Units, "direction", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    for x, units in ((p, 2), (q, 3)):
+        state = optimizer.state[x]
+        rows = numpy64(state["window"]).reshape(4, units, -1).swapaxes(0, 1)
+        rows /= np.linalg.norm(rows, axis=2, keepdims=True)
+        products = rows @ rows.mT if x is p else rows.mT @ rows
+        expected = np.linalg.inv(RIDGE * np.eye(products.shape[1]) + products)
+        assert relative_error(state["unit_inverse"], expected) <= 1e-5
+
+
 def test_inverses_do_not_drift(rng):
     """After many windows; rows of a neuron that are alike, where errors would grow first."""
     m, steps = 8, 2_000
@@ -153,7 +183,7 @@ def test_inverses_do_not_drift(rng):
 def test_gradients_of_every_size_for_long():
     """Correlated, of sizes 1e-30 … 1e15, with zeros and what is not finite among them."""
     rng = np.random.default_rng(0)
-    steps, sizes = 3_000, (4, 3)
+    steps, sizes = 5_000, (4, 3)
     base = rng.standard_normal(7)
     sizes_of_gradients = 10.0 ** rng.uniform(-30, 15, steps)
     gradients = (base + rng.standard_normal((steps, 7))) * sizes_of_gradients[:, None]
